@@ -1,0 +1,5 @@
+"""The one exception a user is meant to read: a single line that names what was wrong and what would be right."""
+
+
+class WorkbenchError(Exception):
+    """A mistake of the user or of the machine, told in one line; the CLI prints it and exits with 2."""
