@@ -11,6 +11,7 @@ and gets type and range checks, a table for `workbench show`, and one-line error
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,39 +46,74 @@ def _schema_type(schema: Mapping[str, Any]) -> str:
         return " | ".join(map(str, schema["enum"]))
     if "anyOf" in schema:
         return " | ".join(_schema_type(s) for s in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "prefixItems" in schema:
+        return f"[{', '.join(_schema_type(s) for s in schema['prefixItems'])}]"
     if schema.get("type") == "array":
         return f"list of {_schema_type(schema.get('items', {}))}"
     names = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "none"}
-    return names.get(schema.get("type", ""), schema.get("const", schema.get("type", "any")))
+    return names.get(schema.get("type", ""), schema.get("type", "any"))
+
+
+_BOUNDS = {
+    "minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}",
+    "minItems": "at least {} values", "maxItems": "at most {} values",
+}  # fmt: skip
+
+
+def _schema_range(schema: Mapping[str, Any]) -> str:
+    own = [text.format(schema[key]) for key, text in _BOUNDS.items() if key in schema and "prefixItems" not in schema]
+    inner = [_schema_range(s) for s in [*schema.get("anyOf", []), *([schema["items"]] if schema.get("items") else [])]]
+    return ", ".join([*own, *(text for text in inner if text)])
 
 
 def parameters(values: Any) -> list[Parameter]:
     """Every parameter of a config instance: name, type, unit, this preset's value, range and help."""
     schema = TypeAdapter(type(values)).json_schema()
-    bounds = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
-    rows = []
-    for name, s in schema["properties"].items():
-        allowed = ", ".join(text.format(s[key]) for key, text in bounds.items() if key in s)
-        rows.append(
-            Parameter(name, _schema_type(s), s.get("unit", ""), getattr(values, name), allowed, s.get("description", ""))
+    return [
+        Parameter(
+            name, _schema_type(s), s.get("unit", ""), getattr(values, name), _schema_range(s), s.get("description", "")
         )
-    return rows
+        for name, s in schema["properties"].items()
+    ]
 
 
 def override(values: Any, changes: Mapping[str, Any]) -> Any:
     """The config with `changes` applied and checked. Raises WorkbenchError: unknown name, wrong type, out of range."""
-    known = {f.name for f in dataclasses.fields(values)}
-    for name in changes:
+    known = [f.name for f in dataclasses.fields(values)]
+    types = {p.name: p.type for p in parameters(values)}
+    for name, value in changes.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise WorkbenchError(f"unknown parameter {name!r}: {hint}")
+        # pydantic would take true for 1; a slip of the pen must not train for one step
+        if isinstance(value, bool) and "bool" not in types[name].split(" | "):
+            raise WorkbenchError(f"parameter {name}: takes {types[name]}, got {value!r}")
     try:
         return type(values)(**{**{n: getattr(values, n) for n in known}, **changes})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "parameters"
-        raise WorkbenchError(f"parameter {where}: {first['msg'].lower()}, got {first['input']!r}") from None
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise WorkbenchError(f"parameter {where}: {message}, got {first['input']!r}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose `no`, `on` and dates stay text and whose 1e-3 is a number, as anyone typing -p means them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if tag.rpartition(":")[2] in ("int", "null", "merge")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$", re.I), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+|\.inf|\.nan)$", re.I),
+    list("-+0123456789."),
+)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -88,7 +124,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not equals or not name.strip():
             raise WorkbenchError(f"-p takes name=value, got {text!r}")
         try:
-            changes[name.strip()] = yaml.safe_load(value)
+            changes[name.strip()] = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError:
             raise WorkbenchError(f"-p {name.strip()}: {value!r} is not a YAML value") from None
     return changes

@@ -41,7 +41,11 @@ class Judgement:
     why: str
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON types; an unbounded end of the interval and a value that is not finite become null."""
+        out = asdict(self)
+        for part in (out["values"], out["interval"] or {}):
+            part.update({k: None for k, v in part.items() if isinstance(v, float) and not math.isfinite(v)})
+        return out
 
 
 def results(records: Iterable[Mapping[str, Any]], measure: str) -> dict[str, float]:
@@ -54,7 +58,7 @@ def results(records: Iterable[Mapping[str, Any]], measure: str) -> dict[str, flo
 
 
 def judge(claim: Claim, records: Iterable[Mapping[str, Any]]) -> Judgement:
-    """The verdict on `claim` from stored records alone; too few seeds or an interval across the margin decide nothing."""
+    """The verdict on `claim` from stored records; too few seeds or an interval across the margin decide nothing."""
     values = results(records, claim.measure)
     if not values:
         return Judgement(claim, values, None, "inconclusive", "not measured in this run")

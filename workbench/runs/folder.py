@@ -6,7 +6,7 @@ import platform
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ def outputs_root() -> Path:
         return Path(out).resolve()
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "outputs"
+
+
+def notebook_path(slug: str) -> Path:
+    """The paper's notebook, in notebooks/ of the checkout or of the working folder. Raises WorkbenchError."""
+    name = load(slug).NOTEBOOK
+    checkout = Path(__file__).resolve().parents[2]
+    for root in (checkout, Path.cwd()):
+        if (root / "notebooks" / name).is_file():
+            return root / "notebooks" / name
+    raise WorkbenchError(f"no notebooks/{name} in {checkout} or {Path.cwd()}: run this from a checkout")
 
 
 def new_run_path(slug: str, root: Path | None = None) -> Path:
@@ -49,10 +59,16 @@ class Run:
 
     def judge(self) -> list[Judgement]:
         """Judge every claim of the paper from the stored metrics and write claims.json."""
-        records = self.record.records()
+        records = self.record.records("result")
         judgements = [judge(claim, records) for claim in load(self.slug).CLAIMS]
         write_json(self.path / "claims.json", [j.as_dict() for j in judgements])
         return judgements
+
+    def provenance(self, *data_sets: Any) -> None:
+        """Store where the run's data came from (dataclasses with a `name`) in config.json, by name."""
+        settings = read_config(self.path)
+        settings["data"] = {**settings.get("data", {}), **{d.name: asdict(d) for d in data_sets}}
+        write_json(self.path / "config.json", settings)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,6 +76,16 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
     os.replace(temporary, path)
+
+
+def check(slug: str, preset: str, seed: int, overrides: Mapping[str, Any]) -> Any:
+    """The config these settings give. Raises WorkbenchError: unknown paper, preset, parameter; a bad value."""
+    paper = load(slug)
+    if preset not in paper.PRESETS:
+        raise WorkbenchError(f"unknown preset {preset!r} of {slug}: choose from {', '.join(paper.PRESETS)}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise WorkbenchError(f"seed is a whole number from 0 up, got {seed!r}")
+    return override(paper.PRESETS[preset], overrides)
 
 
 def start(
@@ -74,12 +100,7 @@ def start(
 
     Raises WorkbenchError: unknown paper, preset or parameter; a folder that holds a run with another config.
     """
-    paper = load(slug)
-    if preset not in paper.PRESETS:
-        raise WorkbenchError(f"unknown preset {preset!r} of {slug}: choose from {', '.join(paper.PRESETS)}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise WorkbenchError(f"seed is a whole number from 0 up, got {seed!r}")
-    config = override(paper.PRESETS[preset], overrides or {})
+    config = check(slug, preset, seed, overrides or {})
     path = Path(run_dir).resolve() if run_dir else new_run_path(slug)
     identity = {"slug": slug, "preset": preset, "seed": seed, "config": as_dict(config)}
     settings = path / "config.json"

@@ -22,7 +22,25 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)  # JSON has no nan or inf
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
     return value
+
+
+def read_records(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, without touching it: a last line still being written (or cut short) is left out.
+
+    Raises WorkbenchError where an earlier line is damaged.
+    """
+    if not metrics.exists():
+        return
+    with open(metrics) as f:
+        for number, line in enumerate(f, 1):
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    raise WorkbenchError(f"{metrics} line {number} is damaged; remove the line or start anew") from None
 
 
 class Record:
@@ -39,7 +57,7 @@ class Record:
         if self.metrics.exists():
             raw = self.metrics.read_bytes()
             if raw and not raw.endswith(b"\n"):
-                self._replace(raw[: raw.rfind(b"\n") + 1])
+                os.truncate(self.metrics, raw.rfind(b"\n") + 1)  # works on a full disk too
 
     def _replace(self, raw: bytes) -> None:
         temporary = self.metrics.with_suffix(".tmp")
@@ -56,7 +74,10 @@ class Record:
             with open(self.metrics, "a") as f:
                 f.write(line)
         except OSError as error:
-            raise WorkbenchError(f"cannot write {self.metrics}: {error.strerror}; free some space, then resume") from None
+            self._repair()  # half a line may have fitted
+            raise WorkbenchError(
+                f"cannot write {self.metrics}: {error.strerror}; free some space, then resume"
+            ) from None
 
     def result(self, measure: str, value: float, *, seed: int | str, **fields: Any) -> None:
         """Store one measure of one seed: what claims are judged from."""
@@ -66,21 +87,16 @@ class Record:
         """All records of a kind whose fields equal `match`, in the order written."""
         return [
             r
-            for r in self._read()
+            for r in read_records(self.metrics)
             if (kind is None or r["kind"] == kind) and all(r.get(k) == v for k, v in match.items())
         ]
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        if self.metrics.exists():
-            with open(self.metrics) as f:
-                for line in f:
-                    if line.endswith("\n"):
-                        yield json.loads(line)
 
     def rewind(self, training: str, step: int) -> None:
         """Forget the step records of `training` after `step`: they will be computed again from its checkpoint."""
         keep = [
-            r for r in self._read() if not (r["kind"] == "step" and r["training"] == training and r["step"] > step)
+            r
+            for r in read_records(self.metrics)
+            if not (r["kind"] == "step" and r["training"] == training and r["step"] > step)
         ]
         self._replace("".join(json.dumps(r) + "\n" for r in keep).encode())
 
