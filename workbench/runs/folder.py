@@ -120,6 +120,17 @@ def start(
     return Run(slug, preset, seed, config, record)
 
 
+def settings(path: Path) -> tuple[str, str, int, dict[str, Any]]:
+    """Slug, preset, seed and the parameters that differ from the preset, as a run folder's config.json has them."""
+    stored = read_config(path)
+    try:
+        slug, preset, seed, values = (stored[k] for k in ("slug", "preset", "seed", "config"))
+    except KeyError as error:
+        raise WorkbenchError(f"{path / 'config.json'} lacks {error.args[0]!r}; start the run anew") from None
+    plain = as_dict(check(slug, preset, seed, {}))
+    return slug, preset, seed, {k: v for k, v in values.items() if k not in plain or plain[k] != v}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a run folder; raises WorkbenchError when it is missing or damaged."""
     try:
