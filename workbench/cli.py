@@ -82,7 +82,7 @@ def list_papers(out: Out = None) -> None:
 
 
 @app.command()
-def show(slug: Annotated[str, typer.Argument(help="A paper, as `workbench list` names it.")]) -> None:
+def show(slug: Annotated[str, typer.Argument(metavar="SLUG", help="A paper, as `workbench list` names it.")]) -> None:
     """What a paper claims here, its presets, and every parameter with type, unit, range and default."""
     from workbench import papers
     from workbench.config import parameters
