@@ -41,10 +41,13 @@ def figure_div(figure: dict[str, Any], element: str) -> str:
 def mathml(tex: str, display: str) -> str:
     """MathML of a TeX formula, which browsers draw by themselves; the TeX where it cannot be converted."""
     try:
-        return to_mathml(tex, display=display)
+        converted = to_mathml(tex, display=display)
     except Exception:  # the converter raises its own zoo of errors; a formula must not cost the report
+        converted = "\\"
+    if "\\" in converted:  # a command it does not know is left as text in the middle
         tag = "div" if display == "block" else "code"
         return f"<{tag} class='tex'>{html.escape(tex)}</{tag}>"
+    return converted
 
 
 class _Renderer(IPythonRenderer):
