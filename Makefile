@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install
 TORCH := torch==2.13.0
 PAPERS ?=
 PRESET ?= quick
@@ -54,9 +54,11 @@ $(STAMP):
 	  echo "setting up $(VENV) with $$($$python --version)"; \
 	  $$python -m venv --clear $(VENV); \
 	fi
-	@if [ "$$(uname)" = Darwin ] || nvidia-smi >/dev/null 2>&1; then $(PIP) -q $(TORCH); \
-	elif $(PIP) -q $(TORCH)+cpu 2>/dev/null; then :; \
-	else $(PIP) -q $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu; fi
-	@$(PIP) -q -c constraints.txt setuptools
-	@$(PIP) -q --no-build-isolation -c constraints.txt -e '.[lab,test]'
+	@echo "installing torch"
+	@if [ "$$(uname)" = Darwin ] || nvidia-smi >/dev/null 2>&1; then $(PIP) $(TORCH); \
+	elif $(PIP) $(TORCH)+cpu 2>/dev/null; then :; \
+	else $(PIP) $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu; fi
+	@echo "installing the rest: a few minutes the first time"
+	@$(PIP) -c constraints.txt setuptools
+	@$(PIP) --no-build-isolation -c constraints.txt -e '.[lab,test]'
 	@rm -f $(VENV)/.installed-* && touch $@

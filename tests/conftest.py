@@ -23,7 +23,7 @@ class Config:
     mode: Annotated[Literal["no", "bf16"], Param("precision")] = "no"
 
 PRESETS = {"quick": Config(), "desk": Config(steps=6)}
-CLAIMS = (Claim("above", "The level is above 0.4.", "0.7 nats", "Table 1", "level", "nats", ">=", 0.4),)
+CLAIMS = (Claim("above", "The level [l] is above 0.4.", "0.7 nats", "Table 1", "level", "nats", ">=", 0.4),)
 '''
 
 SETUP = """

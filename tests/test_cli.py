@@ -61,7 +61,15 @@ def test_no_words_at_all_show_the_help():
 
 def test_show_tells_claims_presets_and_parameters(toy):
     said = invoke("show", "toy").output
-    for text in ("The level is above 0.4.", "0.7 nats", "level ≥ 0.4 nats", "quick", "desk", "≥ 1", "optimiser steps"):
+    for text in (
+        "The level [l] is above 0.4.",
+        "0.7 nats",
+        "level ≥ 0.4 nats",
+        "quick",
+        "desk",
+        "≥ 1",
+        "optimiser steps",
+    ):
         assert text in said
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -77,7 +78,9 @@ def list_papers(out: Out = None) -> None:
     table = Table("paper", "title", "presets", "verdicts", show_lines=True)
     for slug in papers.PAPERS:
         paper = papers.load(slug)
-        table.add_row(slug, paper.TITLE, ", ".join(paper.PRESETS), "\n".join(verdicts.get(slug, ["no run yet"])))
+        table.add_row(
+            slug, escape(paper.TITLE), ", ".join(paper.PRESETS), "\n".join(verdicts.get(slug, ["no run yet"]))
+        )
     Console().print(table)
 
 
@@ -89,20 +92,21 @@ def show(slug: Annotated[str, typer.Argument(metavar="SLUG", help="A paper, as `
 
     paper = papers.load(slug)
     console = Console()
-    console.print(f"[bold]{paper.TITLE}[/]\n{paper.AUTHORS}, arXiv {paper.ARXIV}\n{paper.ABOUT}\n", highlight=False)
+    console.print(escape(paper.TITLE), style="bold", highlight=False)
+    console.print(f"{paper.AUTHORS}, arXiv {paper.ARXIV}\n{paper.ABOUT}\n", highlight=False, markup=False)
     claims = Table("claim", "paper's figure", "source", "holds here when", title="Claims", title_justify="left")
     for c in paper.CLAIMS:
         sign = {">=": "≥", "<=": "≤"}[c.direction]
         rule = (
             f"{c.measure} {sign} {c.margin:g} {c.unit}".strip() + f", {c.confidence:.0%} interval, {c.min_seeds}+ seeds"
         )
-        claims.add_row(c.sentence, c.paper_figure, c.source, rule)
+        claims.add_row(*map(escape, (c.sentence, c.paper_figure, c.source, rule)))
     console.print(claims)
     presets = {name: parameters(values) for name, values in paper.PRESETS.items()}
     table = Table("parameter", "type", "unit", "range", *presets, "meaning", title="Parameters", title_justify="left")
     for rows in zip(*presets.values(), strict=True):
         p = rows[0]
-        table.add_row(p.name, p.type, p.unit, p.range, *(_brief(r.default) for r in rows), p.help)
+        table.add_row(*map(escape, (p.name, p.type, p.unit, p.range, *(_brief(r.default) for r in rows), p.help)))
     console.print(table)
     console.print(f"Change one with: workbench run {slug} -p {presets[next(iter(presets))][0].name}=VALUE", style="dim")
 

@@ -53,6 +53,7 @@ class Job:
     overrides: Mapping[str, Any]
     path: Path
     notebook: Path
+    threads: int | None = None  # torch's, where several papers run at a time
     state: State = "waiting"
     cells: int = 0
     cells_done: int = 0
@@ -83,10 +84,12 @@ class Job:
 class ThisPython(AsyncKernelManager):
     """Starts kernels with the running interpreter, whatever kernelspecs are installed on the machine."""
 
+    environment = _ENVIRONMENT
+
     @property
     def kernel_spec(self) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        missing = {k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}
+        missing = {k: v for k, v in self.environment.items() if k not in os.environ}
         return KernelSpec(argv=argv, env=missing, display_name="Python 3", language="python")
 
 
@@ -108,8 +111,10 @@ class _Engine(Engine):
             return complete(*args, **options)
 
         nb_man.cell_start, nb_man.cell_complete = cell_start, cell_complete
+        threads = {"OMP_NUM_THREADS": str(job.threads)} if job.threads else {}
+        manager = type("Manager", (ThisPython,), {"environment": {**_ENVIRONMENT, **threads}})
         job.client = PapermillNotebookClient(
-            nb_man, kernel_name=kernel_name, kernel_manager_class=ThisPython, startup_timeout=start_timeout,
+            nb_man, kernel_name=kernel_name, kernel_manager_class=manager, startup_timeout=start_timeout,
             timeout=None, store_widget_state=False, log=logger,
         )  # fmt: skip
         return job.client.execute()
@@ -236,8 +241,9 @@ def run(jobs: list[Job], *, workers: int = 1, console: Console | None = None) ->
     Each job's state, seconds and error are set. Ctrl-C interrupts the kernels, keeps the partial notebooks and returns.
     """
     console = console or Console()
-    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    if workers > 1:
+        for job in jobs:
+            job.threads = max(1, (os.cpu_count() or 1) // workers)
     with ThreadPoolExecutor(max_workers=workers) as pool:
         futures = [pool.submit(_execute, job) for job in jobs]
         try:
@@ -252,6 +258,9 @@ def run(jobs: list[Job], *, workers: int = 1, console: Console | None = None) ->
                         break
                 except KeyboardInterrupt:
                     continue  # pressed again: do not wait any longer
+    for future in futures:
+        if future.done():
+            future.result()  # a mistake of this file's own must not pass in silence
     for job in jobs:
         if job.state == "failed":
             console.print(f"[red]{job.slug} failed in {escape(job.error)}", soft_wrap=True, highlight=False)

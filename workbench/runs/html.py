@@ -76,6 +76,8 @@ class StaticOutputs(Preprocessor):
             return cell, resources
         kept = []
         for number, output in enumerate(cell.outputs):
+            if output.output_type == "stream" and not output.text.strip():  # what a finished progress bar leaves
+                continue
             data = output.get("data")
             if data and PLOTLY in data:
                 output["data"] = {"text/html": figure_div(data[PLOTLY], f"figure-{index}-{number}")}
@@ -113,6 +115,7 @@ def export(notebook: Path, page: Path, title: str) -> None:
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata.pop("widgets", None)
     body, _ = OfflineExporter().from_notebook_node(nb, {"metadata": {"name": title, "path": str(notebook.parent)}})
-    has_figure = 'class="plotly-figure"' in body
-    # a function as replacement: plotly.js is full of backslashes
-    page.write_text(re.sub("</head>", lambda m: plotly_script() + m[0], body, count=1) if has_figure else body)
+    head = "<style>math { font-size: 1.15em }</style>"
+    if 'class="plotly-figure"' in body:
+        head += plotly_script()
+    page.write_text(body.replace("</head>", head + "</head>", 1))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from rich.markup import escape
 from rich.table import Table
 
 from workbench import papers
@@ -143,7 +144,7 @@ def table(views: Sequence[RunView]) -> Table:
         paper, seconds = f"{view.slug}\n{view.preset}", f"{view.seconds:.0f}" if view.seconds is not None else "–"
         for row in view.rows:
             verdict = f"[{COLOURS[row.verdict]}]{row.verdict}[/]\n[dim]{row.why}[/]"
-            out.add_row(paper, row.sentence, row.paper_figure, row.ours, verdict, seconds)
+            out.add_row(paper, *map(escape, (row.sentence, row.paper_figure, row.ours)), verdict, seconds)
             paper = seconds = ""
         if not view.rows:
             out.add_row(paper, f"[red]{view.state}[/]: no verdicts", "", "", "", seconds)
