@@ -60,13 +60,14 @@ class Job:
     seconds: float = 0.0  # all sittings together
     error: str = ""  # one line, or the last lines of a traceback
     stop: threading.Event = field(default_factory=threading.Event)
+    cell_since: float = 0.0  # when the running cell began, as time.time()
     client: PapermillNotebookClient | None = None
 
     def training(self) -> str:
         """What the running cell says it is at: "teacher 120/400", or nothing."""
         try:
             at = json.loads((self.path / "progress.json").read_text())
-            return f"{at['text']} {at['done']}/{at['total']}" if time.time() - at["time"] < 60 else ""
+            return f"{at['text']} {at['done']}/{at['total']}" if at["time"] >= self.cell_since else ""
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
@@ -104,6 +105,7 @@ class _Engine(Engine):
         def cell_start(*args, **options):  # type: ignore[no-untyped-def]
             if job.stop.is_set():
                 raise Stopped
+            job.cell_since = time.time()
             return start(*args, **options)
 
         def cell_complete(*args, **options):  # type: ignore[no-untyped-def]
