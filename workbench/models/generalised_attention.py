@@ -103,7 +103,7 @@ class GeneralisedLinearAttention(nn.Module):
             self.to_decay = nn.Linear(width, self.heads)
             nn.init.constant_(self.to_decay.bias, 4.0)  # a = sigmoid(4) = .98 a token: start with a long memory
         if mixer.init == "random":
-            for linear in (self.to_q, self.to_k, self.to_v, self.to_out[0]):
+            for linear in cast(list[nn.Linear], [self.to_q, self.to_k, self.to_v, self.to_out[0]]):
                 cpu = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
                 linear.load_state_dict(cpu.state_dict())
         elif mixer.rank != 0:
