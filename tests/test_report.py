@@ -102,11 +102,15 @@ def test_an_empty_report_says_what_to_do(tmp_path):
     assert "workbench run SLUG" in report.write([], tmp_path / "report.html").read_text()
 
 
-def test_a_damaged_claims_file_is_one_line(toy):
-    run = judged_run()
-    (run.path / "claims.json").write_text("[")
+def test_a_damaged_run_is_told_and_costs_no_other(toy):
+    judged_run(run_id="20260101-000000-aa", toy=toy)
+    bad = judged_run(run_id="20260102-000000-aa", toy=toy)
+    (bad.path / "claims.json").write_text("[")
     with pytest.raises(WorkbenchError, match="claims.json is damaged"):
-        report.latest(toy.out)
+        report.read(bad.path)
+    views = report.latest(toy.out)
+    assert [(v.state, len(v.rows)) for v in views] == [("damaged", 0), ("done", 1)]
+    assert "claims.json is damaged" in report.write(views, toy.out / "report.html").read_text()
 
 
 def test_markdown_has_a_row_a_claim_and_escapes_bars(toy):

@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run folder as the report sees it. state: done, failed, interrupted, or unfinished (also: run by hand)."""
+    """A run folder as the report sees it. state: done, failed, interrupted, unfinished, damaged."""
 
     path: Path
     slug: str
@@ -87,6 +87,10 @@ def _row(judged: dict[str, Any]) -> Row:
 def read(path: Path, *, reference: bool = False) -> RunView:
     """A run folder's settings, state and verdicts. Raises WorkbenchError where a file is missing or damaged."""
     config = folder.read_config(path)
+    if missing := {"slug", "preset", "seed"} - config.keys():
+        raise WorkbenchError(
+            f"{path / 'config.json'} lacks {', '.join(sorted(missing))}; remove the run, or run it anew"
+        )
     claims = _json(path / "claims.json", [])
     ended = _json(path / "run.json", {"state": "done" if claims else "unfinished", "seconds": None})
     error = (path / "error.txt").read_text() if (path / "error.txt").exists() else ""
@@ -112,7 +116,11 @@ def latest(root: Path) -> list[RunView]:
     """The latest run of each paper and preset under root/runs (run ids sort by time)."""
     newest: dict[tuple[str, str], RunView] = {}
     for config in sorted(root.glob("runs/*/*/config.json")):
-        view = read(config.parent)
+        path = config.parent
+        try:
+            view = read(path)
+        except WorkbenchError as error:  # one damaged run must not cost the report of the others
+            view = RunView(path, path.parent.name, path.name, 0, "damaged", None, str(error), [], False)
         newest[view.slug, view.preset] = view
     return sorted(newest.values(), key=_order)
 
