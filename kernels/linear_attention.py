@@ -67,8 +67,7 @@ def statistics(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return Statistics.apply(k, v)
     with torch.autocast(k.device.type, enabled=False):  # autocast would take the sums over tokens in half precision
         k, v = k.to(_accumulator(k, v)), v.to(_accumulator(k, v))
-        # 1/N on k before the product: a mean, so the sum over tokens never grows with N
-        return (k.mT / k.shape[2]) @ v, k.mean(2)
+        return k.mT @ v / k.shape[2], k.mean(2)
 
 
 def apply_statistics(
