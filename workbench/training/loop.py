@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,15 @@ from workbench.training import checkpoint
 from workbench.training.record import Record
 
 LossFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]
-BatchFn = Callable[[torch.Generator], Any]
+
+
+class IndexedBatches(Protocol):
+    """Micro-batches by number: i counts every micro-batch of the run, all ranks included, from 0."""
+
+    def __getitem__(self, i: int) -> Any: ...
+
+
+BatchFn = Callable[[torch.Generator], Any] | IndexedBatches
 
 
 class NonFiniteError(WorkbenchError):
@@ -202,7 +210,12 @@ class _Session:
         for micro in range(recipe.accumulate):
             seed = step_seed(recipe.seed, step, micro, accelerator.process_index)
             torch.manual_seed(seed)
-            batch = send_to_device(batch_fn(torch.Generator().manual_seed(seed)), accelerator.device)
+            if callable(batch_fn):
+                batch = batch_fn(torch.Generator().manual_seed(seed))
+            else:
+                micros = (step - 1) * recipe.accumulate + micro
+                batch = batch_fn[micros * accelerator.num_processes + accelerator.process_index]
+            batch = send_to_device(batch, accelerator.device)
             with accelerator.no_sync(self.model) if micro + 1 < recipe.accumulate else nullcontext():
                 with accelerator.autocast():
                     losses = loss_fn(self.model, batch)
@@ -242,7 +255,8 @@ def fit(
 
     loss_fn(model, batch) returns {"loss": scalar tensor, ...}: whatever else it returns, scalars or vectors (M,), is
     logged every `log_every` steps as a record {"kind": "step", "training": name, "step": ...}.
-    batch_fn(generator) draws one micro-batch with the generator given (CPU) and nothing else.
+    batch_fn(generator) draws one micro-batch with the generator given (CPU) and nothing else; or batch_fn[i] is the
+    i-th micro-batch (epochs over a fixed set), and must depend on i alone.
     `optimizer` defaults to `adamw`; the schedule scales each group's "initial_lr" (a float or a tensor).
 
     Raises NonFiniteError (step, value, last good checkpoint), CheckpointError (disk full; another recipe or model).
