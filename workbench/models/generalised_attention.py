@@ -9,6 +9,8 @@ f', g' = Linear(d, r) -> LayerNorm -> LeakyReLU -> Linear(r, d). Keys are those 
 to_q, to_k, to_v, to_out.0, to_q_ (f') and to_k_ (g'). The other mixings exist to be compared with.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -186,6 +188,22 @@ def self_attentions(unet: nn.Module) -> dict[str, Attention | GeneralisedLinearA
         elif isinstance(module, Attention) and not module.is_cross_attention:
             found[name] = module
     return found
+
+
+@contextmanager
+def capture(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the block, every self-attention's output (after Wo, before the residual), by name, as the UNet runs."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.__setitem__(name, output)
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in self_attentions(unet).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def replace_self_attention(
