@@ -133,7 +133,7 @@ def _for_each(slugs: list[str], assignments: list[str]) -> dict[str, dict[str, A
 
 @app.command()
 def run(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...", help="Papers; all when left out.")] = None,
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG", help="Papers; all when left out.")] = None,
     preset: Annotated[
         str, typer.Option(help="quick (two CPU cores), desk (judges the claims) or full (GPU).")
     ] = "quick",
