@@ -81,7 +81,7 @@ class Toy:
     def notebook(self, slug: str, extra: str = "") -> Path:
         """notebooks/<slug>.ipynb; `extra` is a cell before the last."""
         v4 = nbformat.v4
-        parameters = v4.new_code_cell('preset = "quick"; seed = 0; overrides = {}; run_dir = None')
+        parameters = v4.new_code_cell('preset = "quick"\nseed = 0\noverrides = {}\nrun_dir = None')
         parameters.metadata.tags = ["parameters"]
         opening = self.setup + f"slug = {slug!r}; __file_to_mend__ = {str(self.mended)!r}"
         code = [opening, *CELLS[:-1], *([extra] if extra else []), CELLS[-1]]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import papermill
+import zmq
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.clientwrap import PapermillNotebookClient
@@ -24,6 +25,7 @@ from papermill.log import logger
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from traitlets import default
 
 from workbench.errors import WorkbenchError
 from workbench.runs import folder, html
@@ -87,11 +89,17 @@ class ThisPython(AsyncKernelManager):
 
     environment = _ENVIRONMENT
 
+    @default("transport_encryption")
+    def _encrypt(self) -> str:
+        # a notebook's code does not go over a shared machine's loopback in plain text, nor does the kernel warn of it
+        return "auto" if zmq.has("curve") else "disabled"
+
     @property
     def kernel_spec(self) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         missing = {k: v for k, v in self.environment.items() if k not in os.environ}
-        return KernelSpec(argv=argv, env=missing, display_name="Python 3", language="python")
+        able = {"supported_encryption": ["curve"]}
+        return KernelSpec(argv=argv, env=missing, display_name="Python 3", language="python", metadata=able)
 
 
 class _Engine(Engine):
