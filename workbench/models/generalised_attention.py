@@ -28,14 +28,15 @@ from workbench.models.patch_parallel import PatchParallel
 class Mixer:
     """Which token mixer stands where softmax stood; the defaults are the paper's.
 
-    rank: width r of f' and g' (None: r = d; 0: no f', g' at all). eps_scale: whether eps is added to a mean over
-    tokens (the same at every N, as released) or to a sum. gate: Mamba2's per-head decay, for the scans only.
+    rank: width r of f' and g' (None: r = d; 0: no f', g' at all; a float is a share of d: 1/16 for SDXL).
+    eps_scale: whether eps is added to a mean over tokens (the same at every N, as released) or to a sum.
+    gate: Mamba2's per-head decay, for the scans only.
     """
 
     mixing: Literal["non-causal", "causal", "bi-directional"] = "non-causal"
     normalise: bool = True
     gate: bool = False
-    rank: int | None = None
+    rank: int | float | None = None
     phi: Literal["elu+1", "relu", "softmax"] = "elu+1"
     init: Literal["teacher", "random"] = "teacher"
     eps: float = 1e-4
@@ -100,7 +101,8 @@ class GeneralisedLinearAttention(nn.Module):
         weight = cast(Tensor, attention.to_q.weight)
         width = weight.shape[1]
         if mixer.rank != 0:
-            self.to_q_, self.to_k_ = (_small_network(width, mixer.rank or width) for _ in range(2))
+            rank = int(mixer.rank * width) if isinstance(mixer.rank, float) else mixer.rank or width
+            self.to_q_, self.to_k_ = (_small_network(width, max(rank, 1)) for _ in range(2))
         if mixer.gate:
             self.to_decay = nn.Linear(width, self.heads)
             nn.init.constant_(self.to_decay.bias, 4.0)  # a = sigmoid(4) = .98 a token: start with a long memory
@@ -226,6 +228,15 @@ def replace_self_attention(
             layer = GeneralisedLinearAttention(attention, mixer, counts[name] if counts else None)
             setattr(unet.get_submodule(parent), child, layer.train(attention.training))
     return list(targets)
+
+
+@torch.no_grad()
+def token_counts(unet: nn.Module, z: Tensor, t: Tensor, **condition: object) -> dict[str, int]:
+    """Tokens N that each self-attention sees when `unet` runs on z (B, C, H, W): N is what `counts` above needs."""
+    with capture(unet) as seen:
+        unet(z, t, **condition)
+    # (B, N, d) inside a transformer block, (B, d, H, W) inside a UNet2DModel
+    return {name: a.shape[1] if a.dim() == 3 else a[0, 0].numel() for name, a in seen.items()}
 
 
 def train_only(unet: nn.Module, names: list[str]) -> list[str]:
