@@ -96,10 +96,7 @@ def show(slug: Annotated[str, typer.Argument(metavar="SLUG", help="A paper, as `
     console.print(f"{paper.AUTHORS}, arXiv {paper.ARXIV}\n{paper.ABOUT}\n", highlight=False, markup=False)
     claims = Table("claim", "paper's figure", "source", "holds here when", title="Claims", title_justify="left")
     for c in paper.CLAIMS:
-        sign = {">=": "≥", "<=": "≤"}[c.direction]
-        rule = (
-            f"{c.measure} {sign} {c.margin:g} {c.unit}".strip() + f", {c.confidence:.0%} interval, {c.min_seeds}+ seeds"
-        )
+        rule = f"{c.rule}, {c.confidence:.0%} interval, {c.min_seeds}+ seeds"
         claims.add_row(*map(escape, (c.sentence, c.paper_figure, c.source, rule)))
     console.print(claims)
     presets = {name: parameters(values) for name, values in paper.PRESETS.items()}

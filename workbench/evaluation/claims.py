@@ -29,6 +29,11 @@ class Claim:
     min_seeds: int = 3
     confidence: float = 0.95
 
+    @property
+    def rule(self) -> str:
+        """When it holds, for a reader: "gain ≥ 1 nats"."""
+        return f"{self.measure} {'≥' if self.direction == '>=' else '≤'} {self.margin:g} {self.unit}".strip()
+
 
 @dataclass(frozen=True)
 class Judgement:

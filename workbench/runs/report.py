@@ -1,6 +1,7 @@
 """Verdict tables and the HTML report, all from what run folders store; and the small reference runs kept in git."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from workbench import papers
 from workbench.errors import WorkbenchError
+from workbench.evaluation.claims import Claim
 from workbench.evaluation.intervals import Interval
 from workbench.runs import folder
 from workbench.runs.html import plotly_script
@@ -70,18 +72,13 @@ def _json(path: Path, default: Any) -> Any:
 
 
 def _row(judged: dict[str, Any]) -> Row:
-    claim, interval = judged["claim"], judged["interval"]
+    claim, stored = Claim(**judged["claim"]), judged["interval"]
     ours = "–"
-    if interval:
-        low, high = (
-            interval[k] if interval[k] is not None else sign * float("inf") for k, sign in (("low", -1), ("high", 1))
-        )
-        ours = f"{Interval(interval['mean'], low, high, interval['n'])} {claim['unit']}".strip()
-    sign = {">=": "≥", "<=": "≤"}[claim["direction"]]
-    margin = f"{claim['measure']} {sign} {claim['margin']:g} {claim['unit']}".strip()
-    return Row(
-        claim["sentence"], claim["source"], claim["paper_figure"], ours, judged["verdict"], judged["why"], margin
-    )
+    if stored:
+        # an end without bound is stored as null
+        low, high = (bound if stored[k] is None else stored[k] for k, bound in (("low", -math.inf), ("high", math.inf)))
+        ours = f"{Interval(stored['mean'], low, high, stored['n'])} {claim.unit}".strip()
+    return Row(claim.sentence, claim.source, claim.paper_figure, ours, judged["verdict"], judged["why"], claim.rule)
 
 
 def read(path: Path, *, reference: bool = False) -> RunView:
@@ -94,9 +91,13 @@ def read(path: Path, *, reference: bool = False) -> RunView:
     claims = _json(path / "claims.json", [])
     ended = _json(path / "run.json", {"state": "done" if claims else "unfinished", "seconds": None})
     error = (path / "error.txt").read_text() if (path / "error.txt").exists() else ""
+    try:
+        rows = [_row(c) for c in claims]
+    except (KeyError, TypeError):
+        raise WorkbenchError(f"{path / 'claims.json'} is of another version; run the notebook anew") from None
     return RunView(
         path, config["slug"], config["preset"], config["seed"], ended["state"], ended["seconds"], error,
-        [_row(c) for c in claims], reference,
+        rows, reference,
     )  # fmt: skip
 
 
