@@ -6,6 +6,7 @@
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -22,6 +23,8 @@ from tqdm.auto import tqdm
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.linear_attention import linear_attention, quadratic_reference
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own lines would break the progress bar
 
 TOKENS = tuple(1024 * 4**i for i in range(5))  # 1k to 256k
 HEADS, WIDTH = 8, 40
