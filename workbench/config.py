@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, dataclass_transform
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,7 +21,12 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from workbench.errors import WorkbenchError
 
-config = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type) -> Any:
+    """Make a class of annotated fields a frozen, checked config: unknown names and values out of range are refused."""
+    settings = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)
 
 
 def Param(help: str, *, unit: str = "", **bounds: Any) -> Any:  # noqa: N802 (reads as pydantic's Field does)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.data.hub import hub_dataset, tokenise_to_memmap
 from workbench.data.provenance import Provenance
 from workbench.errors import WorkbenchError
+from workbench.models.hub import load_pretrained
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))  # newline, then printable ASCII: 96 characters
 LICENCES = {"scipy": "BSD-3-Clause", "scikit-learn": "BSD-3-Clause", "numpy": "BSD-3-Clause"}
@@ -118,6 +120,25 @@ def character_corpus(tokens: int, *, split: int, validation: int = 24_576, packa
             length += len(paragraph) + 1
         parts.append(encode("\n" + "\n".join(text))[: size + 1])
     return Corpus(parts[2], parts[0], parts[1], len(ALPHABET), provenance)
+
+
+def hub_corpus(data: str, tokenizer: str, tokens: int, *, folder: Path, validation: int) -> Corpus:
+    """The first `tokens` tokens of a Hub text data set (or local folder) with a "text" column, memory-mapped.
+
+    Validation comes first in the stream, so every budget has the same; tokenised once into `folder`.
+    """
+    from transformers import AutoTokenizer
+
+    words = load_pretrained(AutoTokenizer, tokenizer)
+    streaming = not Path(data).is_dir()
+    texts = (row["text"] for row in hub_dataset(data, streaming=streaming, columns=("text",)))
+    name = hashlib.sha256(f"{data} {tokenizer}".encode()).hexdigest()[:12]
+    stream = tokenise_to_memmap(texts, words, folder / f"{name}-{tokens}.bin", validation + tokens + 2, source=data)
+    half = validation // 2
+    tune, report, train = stream[: half + 1], stream[half : validation + 1], stream[validation:]
+    note = f"{tokens} training tokens by {tokenizer}"
+    digest = hashlib.sha256(np.ascontiguousarray(stream).tobytes()).hexdigest()
+    return Corpus(train, tune, report, len(words), Provenance(data, "Hugging Face Hub", "", "see its card", digest, note))
 
 
 @dataclass(frozen=True)

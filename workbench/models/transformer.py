@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.losses.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Block(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """tokens (B, T) int64 → logits (B, T, V); `features` stops before the head, for losses that chunk it."""
+    """tokens (B, T) int64 → logits (B, T, V), or the mean next-token loss where targets are given."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -132,8 +133,12 @@ class DecoderLM(nn.Module):
                 x = block(x)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.features(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); with targets (B, T) their mean loss in nats instead, without ever holding all logits."""
+        features = self.features(tokens)
+        if targets is None:
+            return self.head(features)
+        return linear_cross_entropy(features.flatten(0, 1), self.head.weight, targets.flatten())
 
 
 def parameter_counts(config: LMConfig) -> dict[str, int]:
