@@ -24,8 +24,6 @@ from tqdm.auto import tqdm
 from workbench.errors import WorkbenchError
 from workbench.kernels.linear_attention import linear_attention, quadratic_reference
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own lines would break the progress bar
-
 TOKENS = tuple(1024 * 4**i for i in range(5))  # 1k to 256k
 HEADS, WIDTH = 8, 40
 
@@ -148,8 +146,15 @@ def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        call()
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # the profiler announces each start and stop from C++, in the middle of the progress bar
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            call()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
     assert profiler.profiler is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
