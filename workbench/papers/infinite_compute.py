@@ -54,6 +54,7 @@ class Config:
     seeds: Annotated[int, Param("judging seeds (or groups of members)", ge=1)] = 1
     members: Annotated[int, Param("ensemble members K", ge=1)] = 4
     ensemble_sizes: Annotated[tuple[str, ...], Param("sizes that get an ensemble")] = ("d32",)
+    overfit_size: Annotated[str, Param("model size of the over-fitting curves")] = "d32"
     overfit_epochs: Annotated[tuple[int, ...], Param("E of the over-fitting curves")] = (8, 16, 32)
     search: Annotated[
         Literal["none", "certify"], Param("coordinate descent from the stored optima, on the tune split")
@@ -61,9 +62,9 @@ class Config:
     arms: Annotated[tuple[Arm, ...], Param("distillation arms")] = ("real only", "mixture")
     share: Annotated[float, Param("synthetic share w of a student's batch", ge=0, lt=1)] = 0.75
     pool: Annotated[int, Param("synthetic tokens a pool", unit="tokens", ge=1024)] = 30_720
-    student_epochs: Annotated[int, Param("epochs over the real text of a student", ge=1)] = 16
+    student_epochs: Annotated[int, Param("epochs over the real text of a student", ge=1)] = 8
     student_decay: Annotated[float, Param("weight decay of students with synthetic text", ge=0)] = 0.8
-    control_decay: Annotated[float, Param("weight decay of the real-only control", ge=0)] = 3.2
+    control_decay: Annotated[float, Param("weight decay of the real-only control", ge=0)] = 1.6
     decay_on: Annotated[Literal["matrices", "everything"], Param("what is decayed (ablation)")] = "matrices"
     workers: Annotated[int, Param("processes that train side by side; 0: one a core", ge=0)] = 0
     save_every: Annotated[int, Param("steps between checkpoints; 0: only at the end", unit="steps", ge=0)] = 0
@@ -72,17 +73,19 @@ class Config:
 PRESETS = {
     "quick": Config(),
     "desk": Config(
-        budgets=(8_192, 16_384, 32_768), sizes=("d32", "d48", "d64"), seeds=4, members=5,
+        budgets=(8_192, 16_384, 32_768), sizes=("d32", "d48", "d64"), seeds=4, members=5, overfit_size="d64",
         ensemble_sizes=("d32", "d48", "d64"), search="certify", pool=122_880,
+        student_epochs=16, control_decay=3.2,
         arms=("real only", "self", "mixture", "logits", "synthetic only"),
     ),
     "full": Config(
         data="mlfoundations/dclm-baseline-1.0", tokenizer="meta-llama/Meta-Llama-3.1-8B", tokens=D0,
         budgets=(D0, 2 * D0, 4 * D0, 8 * D0), validation=1024 * 4096, context=4096, batch=64, accumulate=16,
         precision="bf16", sizes=("150M", "300M", "600M", "1.4B"), seeds=3, members=5,
-        ensemble_sizes=("150M", "300M", "600M", "1.4B"), overfit_epochs=(1, 2, 4, 8, 16, 32, 64, 128),
+        ensemble_sizes=("150M", "300M", "600M", "1.4B"), overfit_size="300M",
+        overfit_epochs=(1, 2, 4, 8, 16, 32, 64, 128),
         search="certify", arms=("real only", "self", "mixture", "logits", "synthetic only"), share=0.9,
-        pool=9 * 16 * D0 // 16, student_decay=0.1, control_decay=1.6, save_every=500,
+        student_epochs=16, pool=9 * D0, student_decay=0.1, control_decay=1.6, save_every=500,
     ),
 }  # fmt: skip
 
