@@ -50,10 +50,17 @@ class Swatches:
     images: Tensor
     provenance: tuple[Provenance, ...]
 
-    def draw(self, generator: torch.Generator, batch: int, size: int = 12) -> tuple[Tensor, Tensor]:
-        """A batch of canvases (B, 3, size, size) in [-1, 1] (grey is 0) and the swatch (B,) each one shows."""
+    def draw(
+        self, generator: torch.Generator, batch: int, size: int = 12, only: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A batch of canvases (B, 3, size, size) in [-1, 1] (grey is 0) and the swatch (B,) each one shows.
+
+        only: the index of the one swatch to draw from.
+        """
         count = max(1, round(DENSITY * size * size))
         label = torch.randint(len(NAMES), (batch,), generator=generator)
+        if only is not None:
+            label = torch.full_like(label, only)
         photo = self.images[label]
         centre = torch.rand(batch, count, 2, generator=generator) * (size - 2) + 0.5
         reach = int(RADIUS) + 1

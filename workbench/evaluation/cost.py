@@ -71,11 +71,12 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def cost(
-    tokens: Sequence[int], *, heads: int = 2, width: int = 32, repeats: int = 3, limit: float = 1.0, seed: int = 0
+    tokens: Sequence[int], *, heads: int = 2, width: int = 32, budget: float = 0.1, limit: float = 1.0, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows {"method", "tokens", "seconds", "bytes"} of a forward pass on the CPU, batch 1, float32.
 
-    seconds: the best of `repeats` (what other processes add is never negative). A length whose call is expected to
+    seconds: the best of three calls or as many as fit in `budget` seconds (what other processes add is never
+    negative). A length whose call is expected to
     take longer than `limit` seconds, from the length before and N^2, is left out.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -87,8 +88,8 @@ def cost(
                 break
             q, k, v = (torch.randn(1, heads, n, width, generator=generator) for _ in range(3))
             mix(q, k, v)  # the first call allocates its work space
-            times = []
-            for _ in range(repeats):
+            times: list[float] = []
+            while len(times) < 3 or sum(times) < budget:
                 start = time.perf_counter()
                 mix(q, k, v)
                 times.append(time.perf_counter() - start)

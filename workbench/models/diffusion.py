@@ -4,14 +4,37 @@ z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. Networks predict eps, v = sqrt(aba
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from workbench.errors import WorkbenchError
+
+Condition = Mapping[str, Any]  # a UNet's keyword arguments: encoder_hidden_states (B, T, D), SDXL's added_cond_kwargs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A frozen diffusion model, its schedule and its data: all that a distillation needs to know.
+
+    draw(generator, batch, side): clean (latent) images (B, C, H, W) for canvases of `side` px, and their condition.
+    condition(batch): what to sample under; empty(batch): the empty prompt's, for guidance.
+    decode: latents to images (B, 3, H, W) in [-1, 1]. shape(side): (C, H, W) of the latents of a canvas.
+    """
+
+    unet: nn.Module
+    scheduler: DDIMScheduler
+    draw: Callable[[torch.Generator, int, int], tuple[Tensor, Condition]]
+    condition: Callable[[int], Condition]
+    empty: Callable[[int], Condition]
+    decode: Callable[[Tensor], Tensor]
+    shape: Callable[[int], tuple[int, int, int]]
 
 
 def cosine_schedule(steps: int = 1000, prediction: str = "v_prediction") -> DDIMScheduler:
@@ -66,18 +89,19 @@ def sample(
     unet: nn.Module,
     scheduler: DDIMScheduler,
     noise: Tensor,
-    context: Tensor,
+    condition: Condition,
     *,
     steps: int = 25,
     guidance: float = 1.0,
-    empty: Tensor | None = None,
+    empty: Condition | None = None,
     start: Tensor | None = None,
     strength: float = 1.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """DDIM (eta = 0) from `noise` (B, C, H, W), any H and W the UNet takes; deterministic. Returns x0.
 
-    context: (B, T, D). guidance w > 1 with the `empty` context: out = out_empty + w (out - out_empty).
+    condition: the UNet's keyword arguments, for each of the B images. guidance w > 1, with those of the `empty` prompt:
+    out = out_empty + w (out - out_empty).
     start, strength (SDEdit): begin at the last `strength` share of the steps, from `start` noised to that time.
     Raises WorkbenchError for guidance without `empty`, or a strength outside (0, 1].
     """
@@ -91,11 +115,12 @@ def sample(
         z = add_noise(scheduler, start, noise, times[:1].expand(len(noise)))
     for i, t in enumerate(times):
         if guidance == 1.0:
-            out = unet(z, t, encoder_hidden_states=context).sample
+            out = unet(z, t, **condition).sample
         elif empty is None:
-            raise WorkbenchError("guidance needs the empty context to guide away from")
+            raise WorkbenchError("guidance needs the condition of the empty prompt to guide away from")
         else:
-            both = unet(torch.cat([z, z]), t, encoder_hidden_states=torch.cat([empty, context])).sample
+            joined = tree_map(lambda a, b: torch.cat([a, b]), dict(empty), dict(condition))
+            both = unet(torch.cat([z, z]), t, **joined).sample
             without, with_ = both.chunk(2)
             out = without + guidance * (with_ - without)
         z = own.step(out, int(t), z, return_dict=False)[0]
@@ -108,7 +133,7 @@ def ladder(
     unet: nn.Module,
     scheduler: DDIMScheduler,
     image: Tensor,
-    context: Tensor,
+    condition: Condition,
     strengths: list[float],
     generator: torch.Generator,
     *,
@@ -123,6 +148,6 @@ def ladder(
         larger = F.interpolate(rungs[-1], scale_factor=2, mode="bicubic", align_corners=False)
         noise = torch.randn(larger.shape, generator=generator)
         rungs.append(
-            sample(unet, scheduler, noise.to(larger), context, steps=steps, start=larger, strength=strength)
+            sample(unet, scheduler, noise.to(larger), condition, steps=steps, start=larger, strength=strength)
         )  # fmt: skip
     return rungs
