@@ -50,7 +50,7 @@ def recipe_figure(recipes: Recipes, tokens: int) -> go.Figure:
 
 
 def fit_panel(points: Mapping[str, Mapping[float, float]]) -> tuple[Any, dict[str, widgets.Widget]]:
-    """(draw, controls) for `explore`: choose a curve, leave points out, free or fix the exponent; see the limit move."""
+    """(draw, controls) for `explore`: leave points of a curve out, free or fix the exponent; see the limit move."""
     names = list(points)
     most = max(map(len, points.values()))
     controls: dict[str, widgets.Widget] = {
@@ -66,8 +66,9 @@ def fit_panel(points: Mapping[str, Mapping[float, float]]) -> tuple[Any, dict[st
         law = fit_power_law(xs[kept], ys[kept], exponent=exponent or None)
         smooth = np.geomspace(min(xs), max(xs) * 8, 80)
         title = f"{curve}: {law.A:.3g} / x^{law.a:.2f} + {law.E:.3f}"
-        figure = lines({"law": (smooth.tolist(), law(smooth).tolist())}, title=title, x="x (N, K or D)", y=NATS,
-                       log_x=True, markers=False, levels={f"limit {law.E:.3f} (extrapolated)": law.E})  # fmt: skip
+        curve_xy = (smooth.tolist(), np.asarray(law(smooth)).tolist())
+        figure = lines({"law": curve_xy}, title=title, x="x (N, K or D)", y=NATS, log_x=True, markers=False,
+                       levels={f"limit {law.E:.3f} (extrapolated)": law.E})  # fmt: skip
         used = [i in range(*kept.indices(len(xs))) for i in range(len(xs))]
         colours = [PALETTE[1] if u else "#bbbbbb" for u in used]
         figure.add_scatter(
@@ -152,7 +153,7 @@ def microscope(study: Study, members: Sequence[Trained]) -> tuple[Any, dict[str,
 
 
 def inversion_panel(recipes: Recipes) -> tuple[Any, dict[str, widgets.Widget]]:
-    """(draw, controls) for `explore`: the standard recipe's data law; drop a loss on it and read the data it is worth."""
+    """(draw, controls) for `explore`: drop a loss on the standard recipe's data law; read what data it is worth."""
     law = recipes.data_law
     assert law is not None, "the data law needs three budgets"
     count = len(next(iter(recipes.models.values())))
@@ -167,8 +168,9 @@ def inversion_panel(recipes: Recipes) -> tuple[Any, dict[str, widgets.Widget]]:
         smooth = np.geomspace(budgets[0], max(budgets[-1] * 4, min(worth, budgets[-1] * 64)), 100)
         title = f"a loss of {loss:.2f} is worth {worth:,.0f} tokens to the standard recipe" if np.isfinite(worth) else (
             f"a loss of {loss:.2f} lies at or below the standard law's asymptote {law.E:.2f}")  # fmt: skip
-        figure = lines({"standard law": (smooth.tolist(), law(smooth).tolist())}, title=title, x="tokens D", y=NATS,
-                       log_x=True, markers=False, levels={"loss": loss})  # fmt: skip
+        curve_xy = (smooth.tolist(), np.asarray(law(smooth)).tolist())
+        figure = lines({"standard law": curve_xy}, title=title, x="tokens D", y=NATS, log_x=True, markers=False,
+                       levels={"loss": loss})  # fmt: skip
         figure.add_scatter(x=budgets, y=best, mode="markers", name="measured", marker={"size": 10, "color": PALETTE[1]})
         if np.isfinite(worth):
             figure.add_vline(x=worth, line={"dash": "dot", "color": "#666"})
@@ -185,8 +187,8 @@ def distil_figure(found: Distilled) -> go.Figure:
         figure.add_scatter(
             x=[arm] * len(ys), y=ys, mode="markers", name=arm, marker={"color": colour, "size": 8, "opacity": 0.6}
         )
-        figure.add_scatter(x=[arm], y=[fmean(ys)], mode="markers", showlegend=False,
-                           marker={"color": colour, "size": 16, "symbol": "line-ew", "line": {"width": 3, "color": colour}})  # fmt: skip
+        dash = {"color": colour, "size": 16, "symbol": "line-ew", "line": {"width": 3, "color": colour}}
+        figure.add_scatter(x=[arm], y=[fmean(ys)], mode="markers", showlegend=False, marker=dash)
     for name, values in (("single model", found.single), ("teacher ensemble", found.ensemble)):
         figure.add_hline(y=fmean(values), line={"dash": "dash", "color": "#666"}, annotation_text=name)
     return figure
