@@ -122,22 +122,26 @@ def train_teacher(config: Config, seed: int, record: Record | None = None, **loo
     return fitted.ema
 
 
-def load_task(config: Config, seed: int = 0, record: Record | None = None, **loop: Any) -> Task:
+def load_task(config: Config, seed: int = 0, folder: Path | None = None) -> Task:
     """The teacher of student seed `seed` with its data: a small one, committed or trained here, or Stable Diffusion.
 
-    Raises WorkbenchError: a committed teacher that is not there; a model or data set that cannot be had.
+    folder: of the run, where trained teachers and cached latents are kept. Raises WorkbenchError: a committed teacher
+    that is not there; a model or data set that cannot be had.
     """
     if config.model != "small":
         from workbench.models.latent_diffusion import latent_task
 
-        return latent_task(config.model, config.data, config)
+        return latent_task(
+            config.model, config.data, size=config.size, image=config.image_column, caption=config.caption_column,
+            crop=config.crop, prompts=config.prompts, cache=folder,
+        )  # fmt: skip
     index = seed % config.teachers
     if config.teacher == "train":
-        return swatch_task(train_teacher(config, index, record, **loop))
-    folder = REFERENCE / f"teacher-{index}"
-    if not folder.is_dir():
+        return swatch_task(train_teacher(config, index, Record(folder / "teachers") if folder else None))
+    path = REFERENCE / f"teacher-{index}"
+    if not path.is_dir():
         raise WorkbenchError(f"no committed teacher {index} in {REFERENCE}: use fewer teachers, or -p teacher=train")
-    return swatch_task(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True))
+    return swatch_task(UNet2DConditionModel.from_pretrained(path, use_safetensors=True, torch_dtype=torch.float32))
 
 
 @dataclass
@@ -306,7 +310,7 @@ class Job:
 def measure_student(job: Job) -> dict[str, Any]:
     """Distil the job's student (or load it, where its folder holds it finished) and measure it at every scale."""
     config, seed = job.config, job.seed
-    task = load_task(config, seed, job.record, progress=False)
+    task = load_task(config, seed, job.folder)
     student = distil(config, task, job.variant, seed, job.record, progress=False)
     out: dict[str, Any] = {"trained": student.trained, "frozen": student.frozen}
     for scale in config.scales:
@@ -339,6 +343,9 @@ def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[t
     seeds = range(seed, seed + config.seeds)
     jobs = [Job(config, variant, s, folder) for s in seeds for variant in config.variants]
     known = {(r["variant"], r["seed"]): r["measures"] for r in record.records("student")}
+    if config.teacher == "train" and config.model == "small":
+        for index in range(config.teachers):  # here, once, so that no two students train the same teacher
+            load_task(config, index, folder)
     todo = [job for job in jobs if (job.variant, job.seed) not in known]
     for job, measures in zip(todo, map_jobs(measure_student, todo, record=record, text="students"), strict=True):
         known[job.variant, job.seed] = measures
