@@ -1,0 +1,54 @@
+"""Jobs side by side: in the order asked for, equal to one after another, and an error that names itself."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from workbench.errors import WorkbenchError
+from workbench.training.pool import map_jobs
+from workbench.training.record import Record
+
+
+def square(x):
+    time.sleep(0.02 * (x % 3))
+    return x * x, torch.get_num_threads(), os.getpid()
+
+
+def fails_at_three(x):
+    if x == 3:
+        raise WorkbenchError("three is refused")
+    return x
+
+
+def dies(x):
+    os._exit(9)
+
+
+def test_results_come_in_the_order_asked_for_from_one_thread_workers(tmp_path):
+    record = Record(tmp_path)
+    found = map_jobs(square, range(8), workers=2, cost=float, record=record, text="squares")
+    assert [r[0] for r in found] == [x * x for x in range(8)]
+    assert {r[1] for r in found} == {1} and os.getpid() not in {r[2] for r in found}
+    assert '"done": 28' in (tmp_path / "progress.json").read_text()
+
+
+def test_one_worker_or_one_item_runs_here_the_dearest_first():
+    order = []
+    assert map_jobs(lambda x: order.append(x) or -x, [2, 5, 3], workers=1, cost=float) == [-2, -5, -3]
+    assert order == [5, 3, 2]
+    assert map_jobs(square, [4], workers=2)[0][2] == os.getpid()
+    assert map_jobs(square, [], workers=2) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_comes_through_as_it_was_raised(workers):
+    with pytest.raises(WorkbenchError, match="three is refused"):
+        map_jobs(fails_at_three, range(6), workers=workers)
+
+
+def test_a_killed_worker_is_one_line_and_the_next_call_works():
+    with pytest.raises(WorkbenchError, match="a worker of lost causes was killed"):
+        map_jobs(dies, range(4), workers=2, text="lost causes")
+    assert [r[0] for r in map_jobs(square, range(3), workers=2)] == [0, 1, 4]
