@@ -84,6 +84,16 @@ def to_x0_and_noise(scheduler: DDIMScheduler, output: Tensor, z: Tensor, t: Tens
     return signal * z - sigma * output, sigma * z + signal * output
 
 
+def predict(unet: nn.Module, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The network's output for z (B, C, H, W), float32, computed on the network's device and in its precision."""
+    weight = next(p for p in unet.parameters() if p.is_floating_point())
+
+    def there(x: Any) -> Any:
+        return x.to(weight.device, weight.dtype) if isinstance(x, Tensor) else x
+
+    return unet(there(z), t.to(weight.device), **tree_map(there, dict(condition))).sample.float()
+
+
 @torch.no_grad()
 def sample(
     unet: nn.Module,
@@ -98,7 +108,7 @@ def sample(
     strength: float = 1.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """DDIM (eta = 0) from `noise` (B, C, H, W), any H and W the UNet takes; deterministic. Returns x0.
+    """DDIM (eta = 0) from `noise` (B, C, H, W), any H and W the UNet takes; deterministic. Returns x0, float32.
 
     condition: the UNet's keyword arguments, for each of the B images. guidance w > 1, with those of the `empty` prompt:
     out = out_empty + w (out - out_empty).
@@ -109,18 +119,20 @@ def sample(
         raise WorkbenchError(f"strength is a share of the noise steps in (0, 1], got {strength}")
     own = copy.deepcopy(scheduler)  # set_timesteps would change the caller's
     own.set_timesteps(steps)
-    times = own.timesteps[steps - max(1, round(strength * steps)) :].to(noise.device)
+    device = next(unet.parameters()).device
+    noise, start = noise.to(device), None if start is None else start.to(device)
+    times = own.timesteps[steps - max(1, round(strength * steps)) :].to(device)
     z = noise
     if start is not None:
         z = add_noise(scheduler, start, noise, times[:1].expand(len(noise)))
     for i, t in enumerate(times):
         if guidance == 1.0:
-            out = unet(z, t, **condition).sample
+            out = predict(unet, z, t, condition)
         elif empty is None:
             raise WorkbenchError("guidance needs the condition of the empty prompt to guide away from")
         else:
             joined = tree_map(lambda a, b: torch.cat([a, b]), dict(empty), dict(condition))
-            both = unet(torch.cat([z, z]), t, **joined).sample
+            both = predict(unet, torch.cat([z, z]), t, joined)
             without, with_ = both.chunk(2)
             out = without + guidance * (with_ - without)
         z = own.step(out, int(t), z, return_dict=False)[0]

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from workbench.data import swatches
 from workbench.errors import WorkbenchError
@@ -20,7 +19,7 @@ from workbench.evaluation.cost import cost, curve, exponent
 from workbench.losses.distillation import denoising_loss, feature_losses, output_loss
 from workbench.models.adapters import add_lora, attach_lora, lora_state
 from workbench.models.denoisers import no_prompt, small_unet
-from workbench.models.diffusion import Task, add_noise, cosine_schedule, sample, target
+from workbench.models.diffusion import Task, add_noise, cosine_schedule, predict, sample, target
 from workbench.models.generalised_attention import (
     GeneralisedLinearAttention,
     capture,
@@ -61,13 +60,13 @@ def compare(task: Task, student: nn.Module, batch: dict[str, Any], weights: dict
 
     Layer l of the student sees the student's own input; nothing of the teacher is fed into it (section 3.4).
     """
-    x0, noise, t, condition = (batch[key] for key in ("x0", "noise", "t", "condition"))
+    device = next(student.parameters()).device
+    x0, noise, t = (batch[key].to(device) for key in ("x0", "noise", "t"))
     z = add_noise(task.scheduler, x0, noise, t)
-    half = next(task.unet.parameters()).dtype
-    with torch.no_grad(), capture(task.unet) as theirs:
-        wanted = task.unet(z.to(half), t, **tree_map(lambda c: c.to(half), dict(condition))).sample
+    with torch.no_grad(), capture(task.unet.to(device)) as theirs:
+        wanted = predict(task.unet, z, t, batch["condition"])
     with capture(student) as ours:
-        out = student(z, t, **condition).sample
+        out = predict(student, z, t, batch["condition"])
     simple = denoising_loss(out, target(task.scheduler, x0, noise, t))
     return _mixed(weights, simple, output_loss(out, wanted), feature_losses([*ours.values()], [*theirs.values()]))
 
@@ -97,7 +96,7 @@ def swatch_task(unet: nn.Module) -> Task:
 def denoise(task: Task, unet: nn.Module, batch: dict[str, Any]) -> Tensor:
     """L_simple of a network on a noisy batch."""
     z = add_noise(task.scheduler, batch["x0"], batch["noise"], batch["t"])
-    out = unet(z, batch["t"], **batch["condition"]).sample
+    out = predict(unet, z, batch["t"], batch["condition"])
     return denoising_loss(out, target(task.scheduler, batch["x0"], batch["noise"], batch["t"]))
 
 
@@ -217,7 +216,7 @@ def draw_samples(config: Config, task: Task, unet: nn.Module, seed: int, scale: 
         unet, task.scheduler, noise, task.condition(count), steps=config.sample_steps, guidance=config.guidance,
         empty=task.empty(count),
     )  # fmt: skip
-    return task.decode(out)
+    return task.decode(out).cpu()
 
 
 def sample_agreement(config: Config, task: Task, unet: nn.Module, seed: int, scale: int) -> float:

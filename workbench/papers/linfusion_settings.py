@@ -111,8 +111,13 @@ _PAPER: dict[str, Any] = {"teachers": 1, "lr": 1e-4, "precision": "bf16", "scale
                           "data": "bhargavsdesai/laion_improved_aesthetics_6.5plus_with_images", "ranks": 0,
                           "prompts": ("a corgi wearing a red scarf in the snow, photograph",)}  # fmt: skip
 PRESETS = {
-    "quick": Config(variants=("paper", "no normalisation", "causal"), steps=60),
-    "desk": Config(variants=_DESK, steps=200, seeds=4, timings=3, adapter_steps=150, samples=32),
+    "quick": Config(
+        variants=("paper", "no normalisation", "causal"), steps=50, scales=(1, 2), held_out=32, samples=8, sample_steps=10,
+        tokens=(256, 512, 1024, 2048),
+    ),
+    "desk": Config(
+        variants=_DESK, seeds=5, timings=3, adapter_steps=100, samples=48, tokens=(256, 512, 1024, 2048, 4096, 8192),
+    ),
     # 6 images x 16 micro-batches (XL: 2 x 32) on one GPU are the paper's batch
     "full": Config(**_PAPER, model="stable-diffusion-v1-5/stable-diffusion-v1-5", size=512, batch=6, accumulate=16),
     "full-xl": Config(
@@ -126,7 +131,10 @@ def _claim(id: str, sentence: str, figure: str, source: str, unit: str, directio
     return Claim(id, sentence, figure, source, id, unit, direction, margin)
 
 
-# Margins were set from student seeds 100 to 102 (teachers 0, 1); judging seeds 0, 1, ... had not been run by then.
+# Margins were set from student seeds 100 (teacher 0) and 101 (teacher 1), before any judging seed of the desk preset.
+# What those two gave, in the order below: distilled 21 and 11, L_simple 1.002 and 1.012, agreement -.02 and .00, at 4x
+# +.06 and -.03, drift 1.0 and .5, without 10 and 7.7, normalisation 228 and 306, causal 4.9 and 3.8, its agreement .03
+# and .02, gates 1.4 and 1.6, init 4.8 and 6.9, stale ranks 3.3 and 4.4, adapter .97 and 1.13 (101: 150 steps, not 200).
 CLAIMS: tuple[Claim, ...] = (
     _claim(
         "distilled",
@@ -135,7 +143,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Table 1",
         "x",
         ">=",
-        10.0,
+        8.0,
     ),
     _claim(
         "simple_excess",
@@ -162,7 +170,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Table 4",
         "share",
         ">=",
-        -0.05,
+        -0.08,
     ),
     _claim(
         "drift",
@@ -198,7 +206,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Table 3",
         "x",
         ">=",
-        3.0,
+        2.5,
     ),
     _claim(
         "non_causal_agreement",
@@ -207,7 +215,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Table 3",
         "share",
         ">=",
-        0.05,
+        0.0,
     ),
     _claim("gates", "f' and g' help: L_kd, without over with", "no figure in the paper", "Section 3.3", "x", ">=", 1.2),
     _claim(
@@ -217,7 +225,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Section 3.3",
         "x",
         ">=",
-        1.5,
+        2.0,
     ),
     _claim(
         "synchronous_ranks",
