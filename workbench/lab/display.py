@@ -1,9 +1,8 @@
-"""What a notebook cell shows: the run's parameters, figures that are also stored, a live loss curve, the verdicts."""
+"""What a notebook cell shows: the run's parameters, figures that are also stored, and the verdicts."""
 
 import html
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,35 @@ import plotly.graph_objects as go
 from IPython.display import HTML, display
 
 from workbench.config import parameters
+from workbench.errors import WorkbenchError
 from workbench.evaluation.claims import Judgement
-from workbench.lab import figures
 from workbench.papers import load
 from workbench.runs import folder
 from workbench.runs.folder import Run
 
+MIME = "application/vnd.plotly.v1+json"
 COLOURS = {"holds": "#00733f", "does not hold": "#b3261e", "inconclusive": "#8a6100"}
-_CELL = "padding:4px 12px;text-align:left;vertical-align:top;white-space:normal"
+# JupyterLab sets tables right-aligned and in one line; a sentence needs the opposite
+_CELL = "padding:5px 12px;text-align:left;vertical-align:top;white-space:normal;border-bottom:1px solid #e0e0e0"
+
+
+def small(text: str) -> str:
+    """`text` (HTML) on a line of its own, smaller and grey."""
+    return f"<br><span style='font-size:88%;color:#666'>{text}</span>"
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> HTML:
     """A plain table; every cell is HTML already, so the caller escapes what came from elsewhere."""
     head = "".join(f"<th style='{_CELL}'>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td style='{_CELL}'>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return HTML(f"<table style='border-collapse:collapse'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    table = f"<table style='border-collapse:collapse;font-size:13px'><thead><tr>{head}</tr></thead>"
+    return HTML(f"{table}<tbody>{body}</tbody></table>")
 
 
 def plotly_bundle(figure: go.Figure) -> dict[str, Any]:
     """The display data of a figure: plotly's JSON, which JupyterLab draws and the HTML export turns into a page."""
     content = {**json.loads(figure.to_json()), "config": {"displaylogo": False, "responsive": True}}
-    return {"application/vnd.plotly.v1+json": content}
+    return {MIME: content}
 
 
 def start(
@@ -44,63 +51,63 @@ def start(
 ) -> Run:
     """Open a run (see workbench.runs.folder.start) and show its parameters; what differs from the preset is bold."""
     run = folder.start(slug, preset, seed=seed, overrides=overrides, run_dir=run_dir)
-    rows = []
+    paper = load(slug)
+    usual = {p.name: p.default for p in parameters(paper.PRESETS[preset])}
+    rows, changed = [], 0
     for p in parameters(run.config):
-        value = html.escape(str(p.default))
-        name = f"<code>{p.name}</code>"
-        if overrides and p.name in overrides:
-            value, name = f"<b>{value}</b>", f"<b>{name}</b>"
-        rows.append([name, value, html.escape(p.unit), html.escape(p.range), html.escape(p.help)])
-    print(f"{load(slug).TITLE} · preset {preset} · seed {seed}\n{run.path}")
-    display(html_table(["parameter", "value", "unit", "range", "meaning"], rows))
+        value, name = html.escape(_words(p.default)), f"<code>{html.escape(p.name)}</code>"
+        if p.default != usual[p.name]:
+            changed += 1
+            value, name = f"<b>{value}</b>{small('preset: ' + html.escape(_words(usual[p.name])))}", f"<b>{name}</b>"
+        rows.append([name, value, *map(html.escape, (p.unit, p.range, p.help))])
+    head = f"<b>{html.escape(paper.TITLE)}</b>, preset <b>{html.escape(preset)}</b>, seed {seed}"
+    table = html_table(["parameter", "value", "unit", "range", "meaning"], rows).data
+    count = f"{len(rows)} parameters, {changed} changed from the preset" if changed else f"{len(rows)} parameters"
+    where = small(html.escape(str(run.path)))
+    folded = f"<details><summary style='cursor:pointer'>{count}</summary>{table}</details>"
+    display(HTML(f"<div>{head}{where}{folded}</div>"))
     return run
 
 
+def _words(value: Any) -> str:
+    return "[" + ", ".join(map(_words, value)) + "]" if isinstance(value, list | tuple) else str(value)
+
+
 def show(figure: go.Figure, run: Run, name: str) -> None:
-    """Display a figure and keep it in the run's figures/ for the report."""
-    (run.path / "figures" / f"{name}.json").write_text(figure.to_json())
+    """Display a figure and keep it as figures/<name>.json of the run, for the report. Raises WorkbenchError."""
+    path = run.path / "figures" / f"{name}.json"
+    if path.name != f"{name}.json":
+        raise WorkbenchError(f"a figure's name is a plain file name, got {name!r}")
+    try:
+        path.write_text(figure.to_json())
+    except OSError as error:
+        raise WorkbenchError(f"cannot write {path}: {error.strerror}") from None
     display(plotly_bundle(figure), raw=True)
 
 
-def live_loss(
-    keys: Sequence[str] = ("loss",), *, title: str = "while training", y: str = "loss", log_y: bool = False
-) -> Callable[[int, Mapping[str, Any]], None]:
-    """A callback for `fit(on_step=...)`: one curve, redrawn in place at most twice a second, its last state stays."""
-    curves: dict[str, tuple[list[float], list[float]]] = {key: ([], []) for key in keys}
-    handle = display({"text/plain": title}, raw=True, display_id=True)
-    drawn = 0.0
-
-    def on_step(step: int, logged: Mapping[str, Any]) -> None:
-        nonlocal drawn
-        for key, (xs, ys) in curves.items():
-            if key in logged:
-                value = logged[key]
-                ys.append(sum(value) / len(value) if isinstance(value, list) else value)
-                xs.append(step)
-        if handle is not None and time.monotonic() - drawn > 0.5:
-            drawn = time.monotonic()
-            figure = figures.lines(curves, title=title, x="step", y=y, log_y=log_y, markers=False)
-            handle.update(plotly_bundle(figure), raw=True)
-
-    return on_step
-
-
 def claims_table(judgements: Sequence[Judgement]) -> HTML:
-    """Claim · the paper's figure · ours with its interval · the margin · the verdict, coloured, and why."""
+    """Claim · the paper's figure and source · ours with its interval · the rule · the verdict, coloured, and why."""
     rows = []
     for j in judgements:
         c = j.claim
         ours = "–" if j.interval is None else f"{j.interval} {c.unit}"
-        verdict = f"<b style='color:{COLOURS[j.verdict]}'>{j.verdict}</b><br><small>{html.escape(j.why)}</small>"
-        margin = f"{'≥' if c.direction == '>=' else '≤'} {c.margin:g} {c.unit}"
-        source = f"{html.escape(c.paper_figure)}<br><small>{html.escape(c.source)}</small>"
-        rows.append([html.escape(c.sentence), source, html.escape(ours), html.escape(margin), verdict])
-    return html_table(["claim", "the paper", "ours ± 95 % interval", "holds if", "verdict"], rows)
+        seeds = "" if j.interval is None else small(f"{c.confidence:.0%} interval, {j.interval.n} seeds")
+        verdict = f"<b style='color:{COLOURS[j.verdict]}'>{j.verdict}</b>{small(html.escape(j.why))}"
+        paper = html.escape(c.paper_figure) + small(html.escape(c.source))
+        rows.append([html.escape(c.sentence), paper, html.escape(ours) + seeds, html.escape(c.rule), verdict])
+    return html_table(["claim", "the paper's figure", "ours ± interval", "holds if", "verdict"], rows)
 
 
 def finish(run: Run) -> list[Judgement]:
-    """Judge the claims from the stored metrics, write claims.json, and show the verdicts."""
+    """Judge the claims from the stored metrics, write claims.json, and show the verdicts and how they are made."""
     judgements = run.judge()
-    display(claims_table(judgements))
-    print(f"{len(judgements)} claims judged from {run.record.metrics}")
+    title = html.escape(load(run.slug).TITLE)
+    how = (
+        "A claim <b>holds</b> when the whole interval of the mean over seeds lies on the right side of a margin fixed "
+        "beforehand, <b>does not hold</b> when all of it lies on the wrong side; an interval across the margin, or too "
+        f"few seeds, is <b>inconclusive</b>. Computed from {html.escape(str(run.record.metrics))}"
+    )
+    display(
+        HTML(f"<div><b>{title}</b>, preset {html.escape(run.preset)}{claims_table(judgements).data}{small(how)}</div>")
+    )
     return judgements

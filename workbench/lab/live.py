@@ -1,0 +1,72 @@
+"""A loss curve that grows while a training runs, cheap enough not to slow it, and whole when its cell ends."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from IPython.core.getipython import get_ipython
+from IPython.display import display
+
+from workbench.errors import WorkbenchError
+from workbench.lab import figures
+from workbench.lab.display import plotly_bundle
+
+PAUSE = 0.5  # seconds between two drawings, at least
+SHARE = 0.02  # of the time may go into drawing
+POINTS = 400  # a curve, at most
+
+
+class live_loss:  # noqa: N801 (a notebook calls it like a function)
+    """A callback for `fit(on_step=...)`: one figure, redrawn at most twice a second, whole at the cell's end.
+
+    keys: of what the loss function returns, scalars or vectors (M,), whose mean is drawn; y names quantity and unit.
+    One display is updated in place, so an executed notebook stores the last state only. Raises WorkbenchError at the
+    first step where the training logs none of the keys.
+    """
+
+    def __init__(
+        self, keys: Sequence[str] = ("loss",), *, title: str = "while training", y: str = "loss", log_y: bool = False
+    ):
+        self.curves: dict[str, tuple[list[float], list[float]]] = {key: ([], []) for key in keys}
+        self.title, self.y, self.log_y = title, y, log_y
+        self._next = 0.0
+        self._handle = display({"text/plain": f"{title}: waiting for the first step"}, raw=True, display_id=True)
+        self._shell = get_ipython()
+        if self._shell is not None:
+            # the last steps come within the pause after a drawing; the cell's end draws them
+            self._shell.events.register("post_run_cell", self._end)
+
+    def __call__(self, step: int, logged: Mapping[str, Any]) -> None:
+        known = [key for key in self.curves if key in logged]
+        if not known:
+            raise WorkbenchError(f"live_loss: no {', '.join(self.curves)} here; the training logs {', '.join(logged)}")
+        for key in known:
+            xs, ys = self.curves[key]
+            xs.append(step)
+            ys.append(float(np.mean(logged[key])))
+        started = time.monotonic()
+        if self._handle is not None and started >= self._next:
+            self._draw()
+            now = time.monotonic()
+            self._next = now + max(PAUSE, (now - started) / SHARE)
+
+    def _draw(self) -> None:
+        thin = {}
+        for key, (xs, ys) in self.curves.items():
+            stride = -(-len(xs) // POINTS) or 1
+            # counted from the end, so that the last point is always there
+            thin[key] = (xs[::-1][::stride][::-1], ys[::-1][::stride][::-1])
+        figure = figures.lines(thin, title=self.title, x="optimiser step", y=self.y, log_y=self.log_y, markers=False)
+        self._handle.update(plotly_bundle(figure), raw=True)  # type: ignore[union-attr]
+
+    def _end(self, *_: Any) -> None:
+        if self._shell is None or self._handle is None:
+            return
+        self._shell.events.unregister("post_run_cell", self._end)
+        if any(xs for xs, _ in self.curves.values()):
+            self._draw()
+        else:
+            self._handle.update(
+                {"text/plain": f"{self.title}: no new step, the finished training was loaded"}, raw=True
+            )
