@@ -19,7 +19,6 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.claims import Claim
 from workbench.evaluation.intervals import Interval
 from workbench.runs import folder
-from workbench.runs.html import plotly_script
 from workbench.training.record import read_records
 
 KEPT_BYTES = 150_000  # of step records in a reference run: enough for its curves, small enough for git
@@ -183,6 +182,8 @@ def _figures(view: RunView) -> list[dict[str, str]]:
 
 def write(views: Sequence[RunView], page: Path) -> Path:
     """Write the HTML report: one file, readable from file:// with no network. Returns its path."""
+    from workbench.runs.html import plotly_script  # nbconvert's schemas take seconds, which a listing need not wait for
+
     page.parent.mkdir(parents=True, exist_ok=True)
     links = {
         v.path: {
