@@ -12,6 +12,7 @@ from IPython.display import HTML, display
 from workbench.config import parameters
 from workbench.errors import WorkbenchError
 from workbench.evaluation.claims import Judgement
+from workbench.lab.figures import HEIGHT
 from workbench.papers import load
 from workbench.runs import folder
 from workbench.runs.folder import Run
@@ -38,6 +39,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> HTML:
 def plotly_bundle(figure: go.Figure) -> dict[str, Any]:
     """The display data of a figure: plotly's JSON, which JupyterLab draws and the HTML export turns into a page."""
     content = {**json.loads(figure.to_json()), "config": {"displaylogo": False, "responsive": True}}
+    content["layout"].setdefault("height", HEIGHT)  # JupyterLab takes none from the template
     return {MIME: content}
 
 

@@ -14,6 +14,7 @@ from workbench.evaluation.intervals import mean_interval
 
 # Okabe and Ito's palette: distinguishable with the common colour-vision deficiencies
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#B8A100")
+HEIGHT = 420  # px, where a figure says nothing else
 TEMPLATE = go.layout.Template(
     layout=go.Layout(
         font={"family": "system-ui, sans-serif", "size": 14, "color": "#222"},
@@ -25,7 +26,7 @@ TEMPLATE = go.layout.Template(
         yaxis={"gridcolor": "#e6e6e6", "linecolor": "#888", "zeroline": False, "ticks": "outside", "automargin": True},
         legend={"bgcolor": "rgba(255,255,255,0.7)"},
         margin={"l": 70, "r": 20, "t": 60, "b": 60},
-        height=420,
+        height=HEIGHT,
     )
 )
 

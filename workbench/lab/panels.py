@@ -29,7 +29,7 @@ def panel(
 
     An error of this first drawing is raised: it is the cell's own. Later ones are told in one line in the panel.
     """
-    canvas, message = widgets.Output(), widgets.HTML()
+    canvas, message = widgets.Output(), widgets.HTML(layout={"min_height": "28px"})
     cached = lru_cache(maxsize=64)(lambda items: draw(**dict(items)))
 
     def compute() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def panel(
 
     def put(data: dict[str, Any]) -> None:
         # the height is held while the old drawing goes and the new one comes, so that the page does not jump
-        canvas.layout.min_height = f"{data[MIME]['layout'].get('height', 450) + 10}px"
+        canvas.layout.min_height = f"{data[MIME]['layout']['height'] + 10}px"
         canvas.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     def redraw(*_: Any) -> None:
