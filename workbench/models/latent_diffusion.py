@@ -98,7 +98,7 @@ def latent_task(
     WorkbenchError in one line when the model or the data cannot be had.
     """
     gpu = torch.cuda.is_available()
-    pipe = load_pretrained(DiffusionPipeline, model, torch_dtype=torch.bfloat16 if gpu else torch.float32)
+    pipe = load_pretrained(DiffusionPipeline, model, dtype=torch.bfloat16 if gpu else torch.float32)
     pipe.to("cuda" if gpu else "cpu")
     pipe.vae.enable_tiling()
     encoder = Encoder(pipe)

@@ -68,7 +68,9 @@ def compare(task: Task, student: nn.Module, batch: dict[str, Any], weights: dict
     with capture(student) as ours:
         out = predict(student, z, t, batch["condition"])
     simple = denoising_loss(out, target(task.scheduler, x0, noise, t))
-    return _mixed(weights, simple, output_loss(out, wanted), feature_losses([*ours.values()], [*theirs.values()]))
+    layers = list(self_attentions(task.unet))
+    features = feature_losses([ours[name] for name in layers], [theirs[name] for name in layers])
+    return _mixed(weights, simple, output_loss(out, wanted), features)
 
 
 def noisy_batch(task: Task, generator: torch.Generator, batch: int, side: int) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def load_task(config: Config, seed: int = 0, folder: Path | None = None) -> Task
     path = REFERENCE / f"teacher-{index}"
     if not path.is_dir():
         raise WorkbenchError(f"no committed teacher {index} in {REFERENCE}: use fewer teachers, or -p teacher=train")
-    return swatch_task(UNet2DConditionModel.from_pretrained(path, use_safetensors=True, torch_dtype=torch.float32))
+    return swatch_task(UNet2DConditionModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32))
 
 
 @dataclass
@@ -346,7 +348,8 @@ def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[t
         for index in range(config.teachers):  # here, once, so that no two students train the same teacher
             load_task(config, index, folder)
     todo = [job for job in jobs if (job.variant, job.seed) not in known]
-    for job, measures in zip(todo, map_jobs(measure_student, todo, record=record, text="students"), strict=True):
+    students = map_jobs(measure_student, todo, workers=config.workers or None, record=record, text="students")
+    for job, measures in zip(todo, students, strict=True):
         known[job.variant, job.seed] = measures
         record.write("student", variant=job.variant, seed=job.seed, measures=measures)
     for s in seeds:

@@ -71,6 +71,7 @@ class Config:
         2048,
         4096,
     )
+    workers: Annotated[int, Param("students distilled at the same time (0: one a core)", ge=0)] = 0
     timings: Annotated[int, Param("repetitions of the timing, each one value for its claims", ge=0)] = 1
     data: Annotated[str, Param('"swatches", or a captioned image set by Hub id or folder')] = "swatches"
     image_column: Annotated[str, Param("column of the images")] = "image"
@@ -112,8 +113,8 @@ _PAPER: dict[str, Any] = {"teachers": 1, "lr": 1e-4, "precision": "bf16", "scale
                           "prompts": ("a corgi wearing a red scarf in the snow, photograph",)}  # fmt: skip
 PRESETS = {
     "quick": Config(
-        variants=("paper", "no normalisation", "causal"), steps=50, scales=(1, 2), held_out=32, samples=8, sample_steps=10,
-        tokens=(256, 512, 1024, 2048),
+        variants=("paper", "no normalisation", "causal"), steps=50, scales=(1, 2), held_out=32, samples=8,
+        sample_steps=10, tokens=(256, 512, 1024, 2048),
     ),
     "desk": Config(
         variants=_DESK, seeds=5, timings=3, adapter_steps=100, samples=48, tokens=(256, 512, 1024, 2048, 4096, 8192),
