@@ -78,19 +78,21 @@ def cards(here: Path, root: Path, views: Sequence[report.RunView]) -> HTML:
         mine = [_verdicts(v, here) for v in views if v.slug == slug]
         ready = "ready" if (here / d["NOTEBOOK"]).exists() else "notebook missing"
         rows.append([title, html.escape(d["ABOUT"]), ready, "<br>".join(mine) or "no run yet"])
-    for slug, title, number in PLANNED:
-        if slug not in papers.PAPERS:
-            grey = f"<span style='color:#666'>{html.escape(title)}</span>{small(_arxiv(number))}"
-            rows.append([grey, "", "<span style='color:#666'>planned</span>", ""])
+    planned = "".join(
+        f"<li>{html.escape(title)}, {_arxiv(number)}</li>"
+        for slug, title, number in PLANNED
+        if slug not in papers.PAPERS
+    )
     table = html_table(["paper", "what it claims", "status", "last verdicts, by preset"], rows).data
     page = root / "report.html"
     told = f"<a href='{html.escape(os.path.relpath(page, here), quote=True)}'>The report of all runs</a>"
     if not page.exists():
         told = "No report yet: <code>workbench report</code> writes it"
-    return HTML(f"<div>{table}<p>{told}{small(html.escape(str(page)))}</p></div>")
+    to_come = f"<p>Planned, not there yet:</p><ul style='color:#666'>{planned}</ul>" if planned else ""
+    return HTML(f"<div>{table}<p>{told}{small(html.escape(str(page)))}</p>{to_come}</div>")
 
 
-def gallery() -> None:
+def show() -> None:
     """Show every paper of the workbench: its notebook, what it claims, and the verdicts of its last runs."""
     here, root = Path(__file__).resolve().parents[2] / "notebooks", outputs_root()
     display(cards(here, root, [*report.latest(root), *report.references()]))
