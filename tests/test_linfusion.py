@@ -239,7 +239,7 @@ def test_a_teacher_is_trained_here_on_request(tmp_path):
 
 def tiny_study(folder, **changes):
     config = paper.Config(
-        variants=("paper", "no normalisation"), seeds=3, steps=30, batch=4, held_out=16, scales=(1, 2), samples=2,
+        variants=("paper", "no normalisation"), seeds=3, batch=4, held_out=16, scales=(1, 2), samples=2,
         sample_steps=1, ranks=0, workers=1, **changes,
     )  # fmt: skip
     record = Record(folder)
