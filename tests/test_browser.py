@@ -21,6 +21,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from workbench import papers
@@ -320,7 +321,7 @@ def test_every_panel_of_a_paper_reacts(browser, lab, path, tmp_path):
     if run := finished_run(slug):
         shutil.copytree(run, tmp_path / "run")
         _, values["preset"], values["seed"], values["overrides"] = folder.settings(run)
-    notebook = parameterize_notebook(nbformat.read(path, as_version=4), values)
+    notebook = parameterize_notebook(load_notebook_node(str(path)), values)
     nbformat.write(notebook, lab.work / f"run_{path.name}")
     page = Page(browser, lab, f"run_{path.name}")
     page.run_all(900)
