@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from workbench.evaluation import cost as costs
 from workbench.kernels.linear_attention import statistics
 from workbench.lab import figures
-from workbench.models.diffusion import Task, add_noise, ladder, sample
+from workbench.models.diffusion import Task, add_noise, ladder, predict, sample
 from workbench.models.generalised_attention import GeneralisedLinearAttention, capture, self_attentions
-from workbench.papers.linfusion import Config, noisy_batch
+from workbench.papers.linfusion import Config, draw_samples, noisy_batch
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def layer_input(unet: nn.Module, layer: int, task: Task, side: int, time: int, s
     batch = noisy_batch(task, torch.Generator().manual_seed(seed), 1, side)
     t = torch.full((1,), time)
     try:
-        unet(add_noise(task.scheduler, batch["x0"], batch["noise"], t), t, **batch["condition"])
+        predict(unet, add_noise(task.scheduler, batch["x0"], batch["noise"], t), t, batch["condition"])
     finally:
         handle.remove()
     return module, seen[0]
@@ -76,7 +76,7 @@ def listening(
         figure.update_yaxes(autorange="reversed", visible=False, scaleanchor=f"x{axis}", row=1, col=column)
     figure.update_xaxes(visible=False)
     figure.update_layout(
-        template=figures.TEMPLATE, height=330, title="weights that the marked token gives to every token"
+        template=figures.TEMPLATE, height=380, margin_t=110, title="weights that the marked token gives to every token"
     )
     return figure
 
@@ -91,7 +91,7 @@ def resolution(unets: Mapping[str, nn.Module], task: Task, config: Config, *, si
             batch = noisy_batch(task, torch.Generator().manual_seed(1), 8, at)
             t = torch.full((8,), time)
             with capture(unet) as seen:
-                unet(add_noise(task.scheduler, batch["x0"], batch["noise"], t), t, **batch["condition"])
+                predict(unet, add_noise(task.scheduler, batch["x0"], batch["noise"], t), t, batch["condition"])
             labels = [short(n) for n in seen]
             for column, values in ((1, [a.std().item() for a in seen.values()]),
                                    (2, [a.mean().item() for a in seen.values()])):  # fmt: skip
@@ -107,13 +107,14 @@ def resolution(unets: Mapping[str, nn.Module], task: Task, config: Config, *, si
 
 
 def samples(
-    unets: Mapping[str, nn.Module], task: Task, *, side: int, steps: int = 15, count: int = 6, seed: int = 0
+    unets: Mapping[str, nn.Module], task: Task, config: Config, *, scale: int, count: int = 6, seed: int = 0
 ) -> go.Figure:
-    """Samples from the same noise, one row a network."""
-    noise = torch.randn(count, *task.shape(side), generator=torch.Generator().manual_seed(seed))
-    rows = [task.decode(sample(u, task.scheduler, noise, task.condition(count), steps=steps)) for u in unets.values()]
-    title = f"{side} px, the same noise; rows: {', '.join(unets)}"
-    return figures.image_grid(to_unit(torch.cat(rows)), columns=count, title=title, scale=max(2, 96 // side))
+    """Samples at `scale` times the training side from the same noise, one row a network."""
+    rows = [draw_samples(config, task, unet, seed, scale, count) for unet in unets.values()]
+    side = scale * config.size
+    figure = figures.image_grid(to_unit(torch.cat(rows)), columns=count, scale=max(1, 96 // side))
+    figure.update_layout(title=f"{side} px, one noise; rows from the top:<br>{', '.join(unets)}", margin_t=80)
+    return figure.update_layout(height=figure.layout.height + 80, width=max(640, figure.layout.width))
 
 
 def cost_figure(rows: Sequence[dict[str, Any]], key: str = "seconds") -> go.Figure:
@@ -126,8 +127,11 @@ def cost_figure(rows: Sequence[dict[str, Any]], key: str = "seconds") -> go.Figu
                            log_x=True, log_y=True)  # fmt: skip
     tokens, linear = costs.curve(rows, "linear", key)
     cross = costs.crossing(tokens, linear, costs.curve(rows, "softmax, SDPA", key)[1])
-    if cross:
-        figure.add_vline(x=cross, line_dash="dot", annotation_text=f"linear is cheaper from about {cross:.0f} tokens")
+    if cross:  # as a curve: plotly places an annotated line wrongly on a logarithmic axis
+        ends = [min(linear), max(r[key] for r in rows)]
+        name = f"linear is cheaper than SDPA from about {cross:.0f} tokens"
+        figure.add_scatter(x=[cross, cross], y=ends, mode="lines", name=name, line={"dash": "dot", "color": "#666"})
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
     return figure
 
 

@@ -1,6 +1,6 @@
 """LinFusion's generalised linear attention as a drop-in for the self-attention of a diffusers UNet.
 
-Per module, with x (B, N, d), h heads of width d/h and a positive map phi (LinFusion, arXiv 2409.02097, sec. 3.3):
+Per module, with x (B, N, d), h heads of width d/h and a positive map phi (LinFusion, arXiv 2409.02097, method):
 
     q = phi(Wq (x + f'(x)))     k = phi(Wk (x + g'(x)))     v = Wv x
     S = mean_j k_j v_j^T        s = mean_j k_j              o_i = q_i^T S / (q_i^T s + eps)        out = Wo o

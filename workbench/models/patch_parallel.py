@@ -12,7 +12,7 @@ from workbench.kernels.linear_attention import statistics
 
 @dataclass
 class PatchParallel:
-    """Simulates `ranks` equal strips inside one process, for one layer (DistriFusion's scheme, LinFusion sec. 4).
+    """Simulates `ranks` equal strips inside one process, for one layer (DistriFusion's scheme, as LinFusion uses it).
 
     "synchronous": every rank averages the statistics all ranks have computed just now: the single-rank result.
     "stale": after `warmup` synchronous calls a rank averages its own fresh statistics with those the other ranks had

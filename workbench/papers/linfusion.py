@@ -58,7 +58,8 @@ def _mixed(weights: dict[str, float], simple: Tensor, kd: Tensor, layers: Tensor
 def compare(task: Task, student: nn.Module, batch: dict[str, Any], weights: dict[str, float]) -> dict[str, Tensor]:
     """Both full forward passes on one noisy batch, and the losses: "loss", "simple", "kd", "feat", "feat_layers" (L,).
 
-    Layer l of the student sees the student's own input; nothing of the teacher is fed into it (section 3.4).
+    Layer l of the student sees the student's own input; nothing of the teacher is fed into it, as in the released
+    training script.
     """
     device = next(student.parameters()).device
     x0, noise, t = (batch[key].to(device) for key in ("x0", "noise", "t"))
@@ -172,7 +173,7 @@ def build_student(config: Config, task: Task, variant: str, seed: int) -> tuple[
 def distil(
     config: Config, task: Task, variant: str = "paper", seed: int = 0, record: Record | None = None, **loop: Any
 ) -> Student:
-    """Distil one student (section 3.4). Raises AssertionError should anything but the new layers have changed."""
+    """Distil one student. Raises AssertionError should anything but the new layers have changed."""
     unet, layers = build_student(config, task, variant, seed)
     frozen = {name: p for name, p in unet.named_parameters() if not p.requires_grad}
     before = {name: p.detach().clone() for name, p in frozen.items()}
@@ -231,7 +232,7 @@ def sample_agreement(config: Config, task: Task, unet: nn.Module, seed: int, sca
 def split_over_ranks(
     student: nn.Module, ranks: int, mode: Literal["synchronous", "stale"]
 ) -> Iterator[list[PatchParallel]]:
-    """Within the block every linear attention works on `ranks` strips that exchange statistics (section 3.5)."""
+    """Within the block every linear attention works on `ranks` strips that exchange statistics."""
     layers = [m for m in self_attentions(student).values() if isinstance(m, GeneralisedLinearAttention)]
     splits = [PatchParallel(ranks, mode) for _ in layers]
     for layer, split in zip(layers, splits, strict=True):
