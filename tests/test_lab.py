@@ -195,25 +195,34 @@ def train(callback, steps=40):
 def test_live_loss_is_throttled_and_whole_at_the_cells_end(shown, monkeypatch):
     shell = start_ipython() or live.get_ipython()
     callback = live.live_loss(["loss", "members"], y="loss (nats)")
+    drawn = []
+    callback._canvas.observe(lambda change: drawn.append(change["new"]), names="outputs")
     train(callback)
-    early = len(shown)
-    assert early <= 4  # one place, one first drawing, and no more in half a second
+    early = len(drawn)
+    assert 1 <= early <= 4 and len(shown) == 1  # not one for each of the 40 steps; the display waits
     shell.events.trigger("post_run_cell", None)
-    assert len(shown) == early + 1
-    figure = shown[-1][1][display.MIME]
+    kind, data = shown[-1]
+    assert kind == "update" and WIDGET in data
+    figure = data[display.MIME]
     assert figure["data"][0]["x"][-1] == 40 and figure["data"][1]["y"][-1] == 2.0  # the members' mean
+    assert drawn[-1][0]["data"][display.MIME] == figure  # the page shows what the notebook keeps
     shell.events.trigger("post_run_cell", None)
-    assert len(shown) == early + 1  # the next cells do not draw it again
+    assert len(shown) == 2 and len(drawn) == early + 1  # the next cells do not draw it again
+
+
+def test_live_loss_says_so_where_a_finished_training_was_loaded(shown):
+    shell = start_ipython() or live.get_ipython()
+    live.live_loss(title="teacher")
+    shell.events.trigger("post_run_cell", None)
+    assert shown[-1] == ("update", {"text/plain": "teacher: no new step, the finished training was loaded"})
 
 
 def test_live_loss_thins_long_curves_and_keeps_the_last_step(shown, monkeypatch):
-    monkeypatch.setattr(live, "PAUSE", 0)
-    monkeypatch.setattr(live, "SHARE", 1e9)
     monkeypatch.setattr(live, "POINTS", 20)
     callback = live.live_loss(["loss"])
     for step in range(1, 2 * live.POINTS + 2):
         callback(step, {"loss": 1.0})
-    xs = shown[-1][1][display.MIME]["data"][0]["x"]
+    xs = callback._draw()[display.MIME]["data"][0]["x"]
     assert len(xs) <= live.POINTS and xs[-1] == 2 * live.POINTS + 1
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ipywidgets as widgets
 import numpy as np
 from IPython.core.getipython import get_ipython
 from IPython.display import display
@@ -21,7 +22,7 @@ class live_loss:  # noqa: N801 (a notebook calls it like a function)
     """A callback for `fit(on_step=...)`: one figure, redrawn at most twice a second, whole at the cell's end.
 
     keys: of what the loss function returns, scalars or vectors (M,), whose mean is drawn; y names quantity and unit.
-    One display is updated in place, so an executed notebook stores the last state only. Raises WorkbenchError at the
+    An executed notebook stores the last state only, whatever was drawn on the way. Raises WorkbenchError at the
     first step where the training logs none of the keys.
     """
 
@@ -31,7 +32,11 @@ class live_loss:  # noqa: N801 (a notebook calls it like a function)
         self.curves: dict[str, tuple[list[float], list[float]]] = {key: ([], []) for key in keys}
         self.title, self.y, self.log_y = title, y, log_y
         self._next = 0.0
-        self._handle = display({"text/plain": f"{title}: waiting for the first step"}, raw=True, display_id=True)
+        # JupyterLab's plotly renderer draws an updated display once only; a widget's new output is drawn each time
+        self._canvas = widgets.Output(layout={"min_height": f"{figures.HEIGHT + 10}px"})
+        self._view = self._canvas._repr_mimebundle_() or {}
+        waiting = {**self._view, "text/plain": f"{title}: waiting for the first step"}
+        self._handle = display(waiting, raw=True, display_id=True)
         self._shell = get_ipython()
         if self._shell is not None:
             # the last steps come within the pause after a drawing; the cell's end draws them
@@ -51,21 +56,23 @@ class live_loss:  # noqa: N801 (a notebook calls it like a function)
             now = time.monotonic()
             self._next = now + max(PAUSE, (now - started) / SHARE)
 
-    def _draw(self) -> None:
+    def _draw(self) -> dict[str, Any]:
         thin = {}
         for key, (xs, ys) in self.curves.items():
             stride = -(-len(xs) // POINTS) or 1
             # counted from the end, so that the last point is always there
             thin[key] = (xs[::-1][::stride][::-1], ys[::-1][::stride][::-1])
         figure = figures.lines(thin, title=self.title, x="optimiser step", y=self.y, log_y=self.log_y, markers=False)
-        self._handle.update(plotly_bundle(figure), raw=True)  # type: ignore[union-attr]
+        data = plotly_bundle(figure)
+        self._canvas.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+        return data
 
     def _end(self, *_: Any) -> None:
         if self._shell is None or self._handle is None:
             return
         self._shell.events.unregister("post_run_cell", self._end)
         if any(xs for xs, _ in self.curves.values()):
-            self._draw()
+            self._handle.update({**self._view, **self._draw()}, raw=True)  # what an executed notebook keeps
         else:
             self._handle.update(
                 {"text/plain": f"{self.title}: no new step, the finished training was loaded"}, raw=True

@@ -29,7 +29,7 @@ def panel(
 
     An error of this first drawing is raised: it is the cell's own. Later ones are told in one line in the panel.
     """
-    canvas, message = widgets.Output(), widgets.HTML(layout={"min_height": "28px"})
+    canvas, message = widgets.Output(), widgets.HTML(layout={"min_height": "22px"})
     cached = lru_cache(maxsize=64)(lambda items: draw(**dict(items)))
 
     def compute() -> dict[str, Any]:
@@ -59,6 +59,7 @@ def panel(
             control.continuous_update = False
         if control.has_trait("style"):
             control.style.description_width = "initial"  # a name is not cut short
+        control.layout.width = control.layout.width or "340px"
         control.observe(redraw, names="value")
     static = compute()
     put(static)
