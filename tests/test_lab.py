@@ -316,6 +316,16 @@ def test_the_gallery_links_to_notebooks_and_counts_verdicts(toy, tmp_path, monke
     assert "2503.15672" not in gallery.cards(here, toy.out, []).data  # no longer planned
 
 
+def test_a_mark_stands_where_it_says_on_linear_and_log_axes():
+    figure = figures.blank("t", "tokens", "time (s)", log_x=True)
+    figures.mark(figure, "x", 1000, "here")
+    figures.mark(figure, "y", 5, "limit")
+    across, limit = figure.layout.shapes
+    assert (across.x0, across.x1, limit.y0, limit.y1) == (1000, 1000, 5, 5)
+    # plotly places an annotation of a log axis by its exponent
+    assert figure.layout.annotations[0].x == 3 and figure.layout.annotations[1].y == 5
+
+
 def test_every_builder_names_its_axes():
     made = [
         figures.heatmap([[1, 2]], title="t", x="decay", y="epochs", value="loss (nats)"),

@@ -35,11 +35,25 @@ def blank(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = Fals
     """An empty figure with titled axes; x and y name the quantity and its unit, as in "loss (nats per token)"."""
     figure = go.Figure()
     figure.update_layout(template=TEMPLATE, title=title, xaxis_title=x, yaxis_title=y)
+    # D2 labels 1, 2 and 5 of each decade; by itself plotly labels every digit, on top of each other
     if log_x:
-        figure.update_xaxes(type="log")
+        figure.update_xaxes(type="log", dtick="D2")
     if log_y:
-        figure.update_yaxes(type="log")
+        figure.update_yaxes(type="log", dtick="D2")
     return figure
+
+
+def mark(figure: go.Figure, axis: str, value: float, text: str) -> None:
+    """A dashed line across the figure at `value` of axis "x" or "y", with its name; right on log axes too."""
+    log = figure.layout[f"{axis}axis"].type == "log"
+    place = {axis: np.log10(value) if log else value, "showarrow": False, "text": text}  # labels count in decades
+    line = {"color": "#666", "dash": "dash", "width": 1.5}
+    if axis == "y":
+        figure.add_hline(y=value, line=line)
+        figure.add_annotation(**place, xref="paper", x=1, xanchor="right", yanchor="bottom")
+    else:
+        figure.add_vline(x=value, line=line)
+        figure.add_annotation(**place, yref="paper", y=1, xanchor="left", yanchor="bottom")
 
 
 def _faded(colour: str, alpha: float = 0.15) -> str:
@@ -72,7 +86,7 @@ def lines(
         mode = "lines+markers" if markers else "lines"
         figure.add_scatter(x=list(xs), y=list(ys), name=name, mode=mode, line={"color": colour})
     for name, value in (levels or {}).items():
-        figure.add_hline(y=value, line={"dash": "dash", "color": "#666"}, annotation_text=name)
+        mark(figure, "y", value, name)
     return figure
 
 
@@ -96,7 +110,7 @@ def bars(
             x=[name] * len(seeds), y=list(seeds), mode="markers", showlegend=False, marker=dots, name=name
         )
     if level:
-        figure.add_hline(y=level[1], line={"dash": "dash", "color": "#666"}, annotation_text=level[0])
+        mark(figure, "y", level[1], level[0])
     return figure
 
 
@@ -132,9 +146,10 @@ def image_grid(images: torch.Tensor, *, columns: int = 8, title: str = "", scale
     # as numbers the same picture is some forty times larger in the notebook and in the report
     source = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
     figure = go.Figure(go.Image(source=source, zsmooth=False, hoverinfo="skip"))
+    width = max(320, sheet.shape[1] * scale + 20, 10 * len(title) + 40)  # a title as wide as its picture, or wider
     edge = {"l": 10, "r": 10, "t": 50 if title else 10, "b": 10}
     figure.update_layout(template=TEMPLATE, title=title, margin=edge)
-    figure.update_layout(height=sheet.shape[0] * scale + edge["t"] + 10, width=max(320, sheet.shape[1] * scale + 20))
+    figure.update_layout(height=sheet.shape[0] * scale + edge["t"] + 10, width=width)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     return figure
