@@ -146,7 +146,8 @@ def image_grid(images: torch.Tensor, *, columns: int = 8, title: str = "", scale
     # as numbers the same picture is some forty times larger in the notebook and in the report
     source = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
     figure = go.Figure(go.Image(source=source, zsmooth=False, hoverinfo="skip"))
-    width = max(320, sheet.shape[1] * scale + 20, 10 * len(title) + 40)  # a title as wide as its picture, or wider
+    longest = max(map(len, title.split("<br>")))
+    width = max(320, sheet.shape[1] * scale + 20, 10 * longest + 40)  # a title wider than its picture is not cut
     edge = {"l": 10, "r": 10, "t": 50 if title else 10, "b": 10}
     figure.update_layout(template=TEMPLATE, title=title, margin=edge)
     figure.update_layout(height=sheet.shape[0] * scale + edge["t"] + 10, width=width)
