@@ -1,4 +1,4 @@
-"""The decoder LM: equal to transformers' Llama, causal, counted as the paper's sizes, the same with or without memory."""
+"""The decoder LM: equal to transformers' Llama, causal, counted as the paper's sizes, the same with a memory."""
 
 import pytest
 import torch

@@ -138,7 +138,8 @@ def hub_corpus(data: str, tokenizer: str, tokens: int, *, folder: Path, validati
     tune, report, train = stream[: half + 1], stream[half : validation + 1], stream[validation:]
     note = f"{tokens} training tokens by {tokenizer}"
     digest = hashlib.sha256(np.ascontiguousarray(stream).tobytes()).hexdigest()
-    return Corpus(train, tune, report, len(words), Provenance(data, "Hugging Face Hub", "", "see its card", digest, note))
+    source = Provenance(data, "Hugging Face Hub", "", "see its card", digest, note)
+    return Corpus(train, tune, report, len(words), source)
 
 
 @dataclass(frozen=True)
