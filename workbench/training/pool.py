@@ -42,17 +42,17 @@ def map_jobs(
     count = workers or os.cpu_count() or 1
     order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
     results: list[Any] = [None] * len(items)
-    done, total = 0.0, sum(cost(item) for item in items) or 1.0
+    done, total, ended = 0.0, sum(cost(item) for item in items) or 1.0, 0
     shape = "{l_bar}{bar}| {elapsed}<{remaining}"
     bar = tqdm(total=round(total), desc=text, leave=False, mininterval=0.5, disable=not items, bar_format=shape)
 
     def finished(i: int, result: Any) -> None:
-        nonlocal done
+        nonlocal done, ended
         results[i] = result
-        done += cost(items[i])
+        done, ended = done + cost(items[i]), ended + 1
         bar.update(round(done) - bar.n)
         if record:
-            record.progress(text, round(done), round(total))
+            record.progress(text, ended, len(items))
 
     with bar:
         if count == 1 or len(items) <= 1 or torch.cuda.is_available():
