@@ -84,10 +84,10 @@ app()
 
 
 def test_ctrl_c_ends_the_kernel_keeps_the_notebook_and_says_how_to_go_on(toy):
-    toy.notebook("toy", extra="run.record.progress('nap', 1, 60); time.sleep(60)")
+    toy.notebook("toy", extra="run.record.progress('nap', 1, 60); time.sleep(600)")
     command = [sys.executable, "-c", LAUNCHER.format(setup=toy.setup), "run", "toy"]
     process = subprocess.Popen(command, cwd=toy.home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # a busy machine starts a kernel slowly
     while (
         not list(toy.out.glob("runs/toy/*/progress.json"))
         or "nap" not in next(toy.out.glob("runs/toy/*/progress.json")).read_text()
@@ -97,7 +97,7 @@ def test_ctrl_c_ends_the_kernel_keeps_the_notebook_and_says_how_to_go_on(toy):
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert kernels
     os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=45)
+    said, _ = process.communicate(timeout=120)
     run = only(toy.out / "runs" / "toy")
     assert process.returncode == 130, said
     assert f"workbench resume {run}" in said.replace("\n", "") and "Traceback" not in said
