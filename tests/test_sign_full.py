@@ -79,6 +79,7 @@ def test_the_full_path_distils_measures_edits_and_saves(model, pictures, tmp_pat
     assert all(torch.equal(v, before[k]) for k, v in world.teacher.state_dict().items())
     s = paper.distil(world, c, "sign", 0, progress=False)
     measures = studies.measure(world, c, s.f, 0)
+    assert {"no colour: error", "no colour: accuracy"} <= set(measures)  # colourising is measured where there is colour
     assert np.isfinite(measures["distance x1"]) and 0 <= measures["noise: accuracy"] <= 1
     save(s.f, tmp_path / "student")
     z = world.noise(torch.Generator().manual_seed(0), 2)

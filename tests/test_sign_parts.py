@@ -278,6 +278,15 @@ def test_both_kinds_of_several_steps():
     torch.testing.assert_close(renoise(f, x, [2.0], g(3))[1], f(f(x) + 2 * torch.randn(x.shape, generator=g(3))))
 
 
+def test_absurd_sampling_is_one_clear_line():
+    x = torch.ones(2, 1, 2, 2)
+    for call in (lambda: reapply(lambda y: y, x, 0), lambda: inpaint(lambda y: y, x, x > 0, -1, g())):
+        with pytest.raises(WorkbenchError, match="applied once or more"):
+            call()
+    with pytest.raises(WorkbenchError, match="level of 0 or more, got -1"):
+        renoise(lambda y: y, x, [1.0, -1.0], g())
+
+
 def test_inpainting_keeps_known_pixels():
     lost = corruptions.box_mask((1, 1, 4, 4), 0.5, 0.0, 0.5, 1.0)
     assert lost[0, 0].tolist() == [[False] * 4] * 2 + [[True] * 4] * 2

@@ -64,9 +64,15 @@ def frozen(f: nn.Module, x: Tensor) -> Tensor:
     return functional_call(f, constants, (x,))
 
 
+def _whole(times: int) -> None:
+    if times < 1:
+        raise WorkbenchError(f"f is applied once or more (NFE), got {times}")
+
+
 @torch.no_grad()
 def reapply(f: nn.Module, x: Tensor, times: int) -> list[Tensor]:
-    """[f(x), f(f(x)), ...], `times` of them."""
+    """[f(x), f(f(x)), ...], `times` of them. Raises WorkbenchError for none."""
+    _whole(times)
     out = []
     for _ in range(times):
         x = f(x)
@@ -76,7 +82,12 @@ def reapply(f: nn.Module, x: Tensor, times: int) -> list[Tensor]:
 
 @torch.no_grad()
 def renoise(f: nn.Module, z: Tensor, sigmas: Sequence[float], generator: torch.Generator) -> list[Tensor]:
-    """[f(z), f(x_1 + sigma_1 eps), f(x_2 + sigma_2 eps), ...]: one application a level, after the first."""
+    """[f(z), f(x_1 + sigma_1 eps), f(x_2 + sigma_2 eps), ...]: one application a level, after the first.
+
+    Raises WorkbenchError for a negative level.
+    """
+    if any(sigma < 0 for sigma in sigmas):
+        raise WorkbenchError(f"noise put back has a level of 0 or more, got {min(sigmas):g}")
     out = [f(z)]
     for sigma in sigmas:
         noise = torch.randn(z.shape, generator=generator).to(z)
@@ -89,6 +100,7 @@ def inpaint(
     f: nn.Module, x: Tensor, lost: Tensor, times: int, generator: torch.Generator, *, noise: float = 1.0
 ) -> list[Tensor]:
     """Fill the pixels where `lost` is True: noise there, then f and the known pixels put back, `times` over."""
+    _whole(times)
     y = torch.where(lost, noise * torch.randn(x.shape, generator=generator).to(x), x)
     out = []
     for _ in range(times):

@@ -23,6 +23,7 @@ from workbench.training.record import Record
 TEACHER_STEPS = (1, 2, 4, 8, 12)  # Heun
 RENOISE = (1.0, 0.5, 0.25)  # noise put back before the second, third and fourth application; on the plane a fifth of it
 EDITS = {"noise": 0.6, "grey inversion": 1.0, "blur": 1.0}
+COLOUR_EDITS = {"no colour": 1.0}  # colourising: of images that have a colour to lose
 
 
 def generator_for(seed: int, stream: int = 1) -> torch.Generator:
@@ -103,7 +104,7 @@ def edits(world: paper.World, f: Idempotent, seed: int) -> dict[str, float]:
     images, judge, _ = _judged(world)
     x, labels = images.held_out, images.held_out_labels
     out = {"reconstruction": (f(x) - x).square().mean().item()}
-    for name, strength in EDITS.items():
+    for name, strength in (EDITS | (COLOUR_EDITS if x.shape[1] == 3 else {})).items():
         before = CORRUPTIONS[name](x, strength, generator_for(seed, 3))
         after = f(before)
         out |= {f"{name}: error before": (before - x).square().mean().item(),
@@ -148,6 +149,9 @@ class Job:
             with torch.no_grad():
                 record.write("curve", step=step, distance=quality(world, f(z)))
 
+        if not self.curve():  # f before its first step: from a denoiser's weights it is a crude generator already
+            start = paper.build_student(world, self.config, self.config.arm(self.arm), self.seed)
+            watch(0, start.to(next(world.start.parameters()).device))
         return paper.distil(world, self.config, self.arm, self.seed, record, watch, **loop)
 
     def curve(self) -> dict[int, float]:
