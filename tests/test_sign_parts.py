@@ -80,6 +80,7 @@ def test_the_grid_and_its_euler_steps_are_diffusers():
     calls = []
     edm.ode_sample(lambda x, s: calls.append(1) or 0 * x, torch.ones(2, 2), grid)
     assert len(calls) == edm.evaluations(6) == 11
+    assert (ring(crowding=1.4).means.norm(dim=1) - 1.5).abs().max() < 1e-6
     with pytest.raises(WorkbenchError, match="1 step or more and 0 < low < high"):
         edm.karras_sigmas(0, 0.02, 5.0)
     with pytest.raises(WorkbenchError, match="0 < low < high"):
@@ -291,7 +292,7 @@ def test_inpainting_keeps_known_pixels():
     lost = corruptions.box_mask((1, 1, 4, 4), 0.5, 0.0, 0.5, 1.0)
     assert lost[0, 0].tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
     x = torch.randn(3, 1, 4, 4, generator=g())
-    for y in inpaint(lambda y: y + 5, x, lost, 3, g(1)):
+    for y in inpaint(lambda y: y + 5, x, lost, 3, g(1), noise=1.0):
         assert torch.equal(y[..., :2, :], x[..., :2, :])
         assert not torch.isclose(y[..., 2:, :], x[..., 2:, :]).any()
 

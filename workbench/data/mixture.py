@@ -42,7 +42,11 @@ class GaussianMixture(nn.Module):
         return self._logits(y, variance).logsumexp(-1) - math.log(len(self.means)) - normaliser
 
 
-def ring(modes: int = 8, radius: float = 1.5, sd: float = 0.1) -> GaussianMixture:
-    """`modes` Gaussians evenly on a circle of the plane."""
-    angle = 2 * math.pi * torch.arange(modes) / modes
+def ring(modes: int = 8, radius: float = 1.5, sd: float = 0.1, crowding: float = 1.0) -> GaussianMixture:
+    """`modes` Gaussians of equal weight on a circle of the plane, evenly, or crowded to one side (crowding > 1).
+
+    On an even ring, sending isotropic noise to the nearest mode already gives every mode its share; on a crowded one it
+    does not, and only a method that knows the distribution gets the shares right.
+    """
+    angle = 2 * math.pi * (torch.arange(modes) / modes) ** crowding
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), sd)

@@ -97,9 +97,9 @@ def renoise(f: nn.Module, z: Tensor, sigmas: Sequence[float], generator: torch.G
 
 @torch.no_grad()
 def inpaint(
-    f: nn.Module, x: Tensor, lost: Tensor, times: int, generator: torch.Generator, *, noise: float = 1.0
+    f: nn.Module, x: Tensor, lost: Tensor, times: int, generator: torch.Generator, *, noise: float = 0.0
 ) -> list[Tensor]:
-    """Fill the pixels where `lost` is True: noise there, then f and the known pixels put back, `times` over."""
+    """Fill the pixels where `lost` is True: grey (plus noise) there, then f and the known pixels back, `times` over."""
     _whole(times)
     y = torch.where(lost, noise * torch.randn(x.shape, generator=generator).to(x), x)
     out = []

@@ -173,11 +173,11 @@ def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loo
 
 
 def plane_world(config: Config, folder: Path | None = None, **loop: Any) -> World:
-    """Eight Gaussians on a circle with the exact denoiser as teacher: the method is tested apart from a teacher.
+    """Eight Gaussians crowded on a circle, the exact denoiser as teacher: the method is tested apart from a teacher.
 
     Networks start from a perceptron trained to denoise the same data (or from scratch, by the arm).
     """
-    mixture = ring()
+    mixture = ring(crowding=1.4)
     record = Record(folder / "plane") if folder else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -231,7 +231,9 @@ def losses(
     L_SIGN = L_rec + L_idem + l1 L_flow + l2 L_dmd + l3 L_reg + l4 L_denoise; the forms of the last four are inferred.
     L_IGN = w_r L_rec + w_i L_idem + w_t L_tight. All first applications of f are one forward pass.
     """
-    w, norm = arm.weights, config.norm if not arm.weights["tight"] else "l1"  # IGN's published code takes L1
+    w, norm = arm.weights, config.norm
+    if arm.adversarial:
+        norm = config.ign_norm if world.mixture is None else config.ign_plane_norm
     x, bare = batch["x"], getattr(f, "module", f)
     inputs: dict[str, Tensor] = {}
     if w["rec"] or (w["tight"] and arm.clamp):

@@ -229,7 +229,7 @@ def claim_values(students: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[
         out["sign_rise"] = sign["distance, end over best"]
         best = min(sign[f"distance{how} x{k}"] for how in ("", " renoised") for k in (2, 3, 4) if (how or k > 1))
         out["multi_step"] = best / sign["distance x1"]
-        out["one_step"] = teacher["teacher"]["7"] / sign["distance x1"]
+        out["one_step"] = sign["distance x1"] / teacher["teacher"]["7"]
         out["projection"] = sign["noise: error"] / sign["noise: error before"]
         out["projection_accuracy"] = sign["noise: accuracy"] - sign["noise: accuracy before"]
         out["inpainting"] = sign["mask: error"] / sign["mask: error, mean image"]
@@ -241,6 +241,8 @@ def claim_values(students: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[
         out["beats_ign_compute"] = _ratio(longer, sign, "distance x1")
     if sign and regression:
         out["idempotence"] = _ratio(sign, regression, "idempotence x1")
+        drift = [m["distance x4"] / m["distance x1"] for m in (regression, sign)]
+        out["again"] = drift[0] / drift[1]
     for measure, arm in (("score_term", "no dmd"), ("pairs_term", "no reg")):
         if sign and (other := get(arm)):
             out[measure] = _ratio(other, sign, "distance x1")
