@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ipywidgets as widgets
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
@@ -16,7 +17,7 @@ from workbench.models.idempotent import inpaint, reapply, renoise
 from workbench.papers.sign import Student, World, noised
 from workbench.papers.sign_study import quality
 
-DISTANCE = "Fréchet distance, small classifier's features"
+DISTANCE = "Fréchet distance (own features)"
 PLANE_DISTANCE = "energy distance"
 
 
@@ -169,8 +170,26 @@ def editing(
     figure = figures.image_grid(
         to_unit(torch.cat(rows)), columns=times + 2, title=title, scale=max(1, 72 // x.shape[-1])
     )
-    extra = 22 * len(told)
+    extra = 28 * len(told)
     return figure.update_layout(margin_t=60 + extra, height=figure.layout.height + extra + 10)
+
+
+def editing_controls(world: World) -> dict[str, widgets.Widget]:
+    """Controls of `editing`: which image, what is done to it, and the brush's box in shares of the side."""
+    assert world.images is not None
+    edits = ["noise", "mask", *(name for name in CORRUPTIONS if name != "noise")]
+
+    def share(value: float, name: str) -> widgets.Widget:
+        return widgets.FloatSlider(value, min=0, max=1, step=0.125, description=name)
+
+    return {
+        "image": widgets.IntSlider(3, 0, len(world.images.held_out) - 1, description="held-out image"),
+        "corruption": widgets.Dropdown(options=edits, description="edit"),
+        "strength": widgets.FloatSlider(0.6, min=0, max=1.5, step=0.1, description="strength"),
+        "times": widgets.IntSlider(3, 1, 6, description="applications"),
+        "top": share(0.0, "mask: top"), "left": share(0.5, "mask: left"),
+        "height": share(1.0, "mask: height"), "width": share(0.5, "mask: width"),
+    }  # fmt: skip
 
 
 @torch.no_grad()
