@@ -234,6 +234,7 @@ print(json.dumps(out.flatten().tolist()))
         ({"levels": 1}, "parameter levels: .*greater than or equal to 2"),
         ({"arms": ["sgin"]}, "parameter arms.0"),
         ({"size": 7}, "size is even"),
+        ({"size": 16}, "digits are 8 px with 1 channel, the run is set to 16 px"),
         ({"rec": 0, "idem": 0, "flow": 0, "dmd": 0, "reg": 0, "denoise": 0}, "every loss weight of SIGN is 0"),
     ],
 )

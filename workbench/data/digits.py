@@ -11,7 +11,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from workbench.data.provenance import Provenance
-from workbench.errors import WorkbenchError
 
 TRAIN = 1300  # the rest is held out
 
@@ -45,12 +44,3 @@ def load() -> Images:
         note=f"{TRAIN} to train on, {len(labels) - TRAIN} held out",
     )  # fmt: skip
     return Images(pixels[:TRAIN], labels[:TRAIN], pixels[TRAIN:], labels[TRAIN:], provenance)
-
-
-def fitted(size: int, channels: int) -> Images:
-    """The digits for a model of `size` px and `channels`; raises WorkbenchError unless those are theirs."""
-    if (size, channels) != (8, 1):
-        raise WorkbenchError(
-            f"the digits are 8 px with 1 channel, the model works at {size} px with {channels}: choose another data set"
-        )
-    return load()

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,12 @@ def make_pairs(world: World, config: Config, seed: int, folder: Path | None) -> 
     return replace(world, pairs=(z, x))
 
 
-def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loop: Any) -> World:
-    """Digits (or a labelled image set) with teacher `seed` mod `teachers`, trained here, or a DDPM from the Hub.
+@lru_cache(maxsize=1)
+def sources(config: Config) -> tuple[Images, Denoiser | None]:
+    """The images, and the teacher where it is not trained here: all that can be missing, before anything trains.
 
-    folder: of the run; what is finished there is loaded. Raises WorkbenchError: data or a model that cannot be had, or
-    a teacher made for images of another size.
+    Raises WorkbenchError: data or a model that cannot be had, or a teacher made for images of another size.
     """
-    index = seed % config.teachers
     if config.model != "small":
         from workbench.models.pretrained_ddpm import load_denoiser
 
@@ -148,7 +148,7 @@ def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loo
     else:
         teacher = None
     if config.data == "digits":
-        images = digits.fitted(config.size, config.channels)
+        images = digits.load()
     else:
         from workbench.data.images import labelled_images
 
@@ -156,6 +156,16 @@ def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loo
             config.data, size=config.size, channels=config.channels, image=config.image_column,
             label=config.label_column,
         )  # fmt: skip
+    return images, teacher
+
+
+def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loop: Any) -> World:
+    """Digits (or a labelled image set) with teacher `seed` mod `teachers`, trained here, or a DDPM from the Hub.
+
+    folder: of the run; what is finished there is loaded. Raises WorkbenchError as `sources` does.
+    """
+    index = seed % config.teachers
+    images, teacher = sources(config)
     record = Record(folder / f"teacher-{index}") if folder else None
     draw = _from(images.train)
     if teacher is None:

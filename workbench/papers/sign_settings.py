@@ -97,6 +97,11 @@ class Config:
             raise WorkbenchError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         if self.model == "small" and self.size % 2:
             raise WorkbenchError(f"the small UNet halves its input once: size is even, got {self.size}")
+        if self.data == "digits" and (self.size, self.channels) != (8, 1):
+            raise WorkbenchError(
+                f"the digits are 8 px with 1 channel, the run is set to {self.size} px with {self.channels}: "
+                "choose another data set"
+            )
         if not any(getattr(self, name) for name in TERMS[:-1]):
             raise WorkbenchError("every loss weight of SIGN is 0: nothing to train on")
 
