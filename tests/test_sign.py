@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -296,6 +297,8 @@ def test_the_panels_draw_from_a_run(small_study, folder, images, plane):
     assert [t.name for t in panels.histories(loaded, "s_fake/loss").data] == ["sign"]
     one, two = (panels.editing(loaded, images, image=3, corruption=k, strength=1.0, times=2) for k in ("noise", "mask"))
     assert one.data[0].source != two.data[0].source and "class" in one.layout.title.text
+    inputs = re.findall(r"input ([0-9.]+)", one.layout.title.text)
+    assert len(inputs) == 3 and len(set(inputs)) == 1  # every student is given the same damage
     wide = panels.editing(loaded, images, image=3, corruption="mask", strength=1.0, times=2, width=0.25)
     assert wide.data[0].source != two.data[0].source  # the brush is heard
     a, b = (panels.samples(loaded, images, times=t, mode="re-noise", seed=0) for t in (1, 3))

@@ -149,9 +149,9 @@ def editing(
     """
     assert world.images is not None and world.judge is not None
     x = world.images.held_out[image : image + 1]
-    generator = torch.Generator().manual_seed(seed)
     rows, told = [], []
     for arm, student in students.items():
+        generator = torch.Generator().manual_seed(seed)  # the same damage for every student
         if corruption == "mask":
             lost = box_mask(x.shape, top, left, height, width)
             given = torch.where(lost, torch.zeros_like(x), x)
@@ -171,7 +171,7 @@ def editing(
         to_unit(torch.cat(rows)), columns=times + 2, title=title, scale=max(1, 72 // x.shape[-1])
     )
     extra = 28 * len(told)
-    return figure.update_layout(margin_t=60 + extra, height=figure.layout.height + extra + 10)
+    return figure.update_layout(margin_t=80 + extra, height=figure.layout.height + extra + 30)
 
 
 def editing_controls(world: World) -> dict[str, widgets.Widget]:
