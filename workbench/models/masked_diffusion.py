@@ -72,7 +72,8 @@ def head_logits(net: nn.Module, features: Tensor) -> Tensor:
     d = cast(Denoiser, net)
     bias = d.head.bias
     out = features @ d.head.weight[: d.vocabulary].T
-    return (out if bias is None else out + bias[: d.vocabulary]).float()
+    out = out if bias is None else out + bias[: d.vocabulary]
+    return out if out.dtype == torch.float64 else out.float()
 
 
 def features_at(net: nn.Module, z: Tensor, at: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def small_masked_lm(
         num_attention_heads=heads, max_position_embeddings=length, layer_types=["full_attention"] * layers,
         # no padding row: ModernBERT gives it no gradient, and every token here is a real one
         pad_token_id=None, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None,
-        attn_implementation="sdpa",
+        # short texts: positions must turn by more than ModernBERT's base of 160,000 turns them; wide enough a start
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1000.0}},
+        initializer_range=width**-0.5, attn_implementation="sdpa",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
