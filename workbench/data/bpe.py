@@ -86,8 +86,7 @@ def bpe_text(packages: tuple[str, ...], vocabulary: int, split: int = 0) -> BpeT
         so_far += len(paragraphs[i])
     tokenizer = train_bpe(texts["teacher"], vocabulary)
     parts = {
-        part: torch.tensor(tokenizer("\n".join(found))["input_ids"], dtype=torch.int64)
-        for part, found in texts.items()
+        part: torch.tensor(tokenizer("\n".join(found))["input_ids"], dtype=torch.int64) for part, found in texts.items()
     }
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     sizes = ", ".join(f"{part} {len(tokens)}" for part, tokens in parts.items())

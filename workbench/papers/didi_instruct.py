@@ -16,6 +16,7 @@ R is a cost: the loss below is E[omega R log p_nu], so text that the critic know
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ from workbench.papers.didi_instruct_settings import (
     ABOUT,
     ARXIV,
     AUTHORS,
+    CHANGES,
     CLAIMS,
     NOTEBOOK,
     PRESETS,
@@ -110,14 +112,15 @@ def revealed_log_prob(log_p: Tensor, masked: Tensor, before: Tensor, after: Tens
     return torch.zeros(before.shape, device=before.device, dtype=log_p.dtype).masked_scatter(masked, picked).sum(1)
 
 
-def reward(critic: nn.Module, z: Tensor, mask: int, *, clip: float = 8.0) -> Tensor:
+def reward(critic: nn.Module, z: Tensor, mask: int, parts: Parts, *, clip: float = 8.0) -> Tensor:
     """R (B,): the mean over masked positions of the critic's log-odds, each clipped; 0 where nothing is masked.
 
     Every position's optimum is the log-ratio of the whole sequence, so a mean estimates it; a sum would favour few masks.
+    parts.positions "all" reads every position: right where texts are so short that often none is masked.
     """
-    masked = (z == mask).float()
-    odds = critic(z).float().clamp(-clip, clip)
-    return (odds * masked).sum(1) / masked.sum(1).clamp(min=1)
+    read = (z == mask).float() if parts.positions == "masked" else torch.ones_like(z).float()
+    odds = critic(z).clamp(-clip, clip)
+    return (odds * read).sum(1) / read.sum(1).clamp(min=1)
 
 
 def advantage(r: Tensor, parts: Parts) -> Tensor:
@@ -141,7 +144,7 @@ def student_loss(
     """
     mask, z, x = _mask(student), batch["z"], batch["x"]
     with torch.no_grad():
-        r = reward(critic, batch["zt"], mask)
+        r = parts.sign * reward(critic, batch["zt"], mask, parts)
     w = importance(batch["t"], parts).to(r) * advantage(r, parts)
     # at t = 1 every row is all mask: one row of it serves the whole batch
     start = torch.full_like(z[:1], mask)
@@ -173,10 +176,12 @@ def student_loss(
     return {"loss": loss, **terms, "reward": r.mean(), "reward_sd": r.std(), "log_p": log_p.detach().mean()}
 
 
-def critic_loss(critic: nn.Module, fake: Tensor, real: Tensor, mask: int, smoothing: float) -> dict[str, Tensor]:
+def critic_loss(
+    critic: nn.Module, fake: Tensor, real: Tensor, mask: int, parts: Parts, smoothing: float = 0.0
+) -> dict[str, Tensor]:
     """Binary cross-entropy at the masked positions of fake (B, L), the student's, label 1, and real, the reference's."""
     odds = critic(torch.cat([fake, real])).float()
-    at = torch.cat([fake, real]) == mask
+    at = (torch.cat([fake, real]) == mask) | (parts.positions == "all")
     label = torch.cat([torch.ones_like(fake), torch.zeros_like(real)]).float()
     soft = label * (1 - smoothing) + smoothing / 2
     losses = F.binary_cross_entropy_with_logits(odds, soft, reduction="none")
@@ -228,7 +233,7 @@ def distil(
         fake = noisy_students(student, count, length, parts, generator)
         real = reference(generator, count).to(fake["x"].device)
         return critic_loss(d.train(), fake["zt"], forward_noise(real, fake["t"], mask, generator), mask,
-                           config.smoothing)  # fmt: skip
+                           parts, config.smoothing)  # fmt: skip
 
     def move(s: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(int(batch))
@@ -386,8 +391,13 @@ def sdtt(
     return net
 
 
+def bench(folder: Path) -> None:
+    """`workbench bench didi_instruct`."""
+    from workbench.papers.didi_instruct_bench import bench as measure
+
+    measure(folder)
+
+
 def variant_parts(config: Config, variant: str) -> Parts:
     """The parts of a variant: the config's own, with what the variant's name takes away or leaves."""
-    from workbench.papers.didi_instruct_settings import CHANGES
-
     return replace(config.parts(), **CHANGES.get(variant, {}))

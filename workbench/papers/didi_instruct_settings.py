@@ -31,6 +31,8 @@ class Parts:
     group_normalise: bool = True
     group: int = 4
     tau_per: Literal["sample", "group"] = "sample"
+    positions: Literal["masked", "all"] = "masked"  # where the critic is trained and read
+    sign: int = 1  # of the reward; -1 breaks the method
     kl: float = 0.0  # weight of KL at all mask and at z_tau
     kl_kind: Literal["forward", "reverse", "jeffreys"] = "forward"
     entropy: float = 0.0  # weight of the student's entropy there
@@ -78,7 +80,7 @@ class Config:
     judge: Annotated[str, Param("Hub id or folder of the autoregressive judge")] = ""
     split: Annotated[int, Param("seed of the shuffle that cuts the text", ge=0)] = 0
     vocabulary: Annotated[int, Param("BPE tokens V, without the mask", unit="tokens", ge=97)] = 384
-    length: Annotated[int, Param("sequence length L", unit="tokens", ge=4)] = 32
+    length: Annotated[int, Param("sequence length L", unit="tokens", ge=2)] = 32
     width: Annotated[int, Param("width of teacher, student, critic and judge", ge=8)] = 64
     layers: Annotated[int, Param("their blocks", ge=1)] = 3
     teacher_steps: Annotated[int, Param("optimiser steps of the teacher", unit="steps", ge=1)] = 3000
@@ -106,12 +108,15 @@ class Config:
     group_normalise: Annotated[bool, Param("normalise the reward within groups")] = True
     group: Annotated[int, Param("group size G", ge=2)] = 4
     tau_per: Annotated[Literal["sample", "group"], Param("whether a group shares its tau")] = "sample"
+    positions: Annotated[Literal["masked", "all"], Param("positions at which the critic is trained and read")] = (
+        "masked"
+    )
     kl: Annotated[float, Param("weight of the KL to the teacher", ge=0)] = 0.1
     kl_kind: Annotated[Literal["forward", "reverse", "jeffreys"], Param("its direction")] = "forward"
     entropy: Annotated[float, Param("weight of the student's entropy", ge=0)] = 5e-4
-    reference: Annotated[Literal["data", "teacher"], Param("what the critic takes for real: text, or the teacher's")] = (
-        "data"
-    )
+    reference: Annotated[
+        Literal["data", "teacher"], Param("what the critic takes for real: text, or the teacher's")
+    ] = "data"
     sign: Annotated[Literal[-1, 1], Param("of the reward; -1 breaks the method (for tests)")] = 1
     sdtt_steps: Annotated[int, Param("SDTT's steps, all rounds; 0: no such student", unit="steps", ge=0)] = 0
     sdtt_rounds: Annotated[int, Param("SDTT's rounds", ge=1)] = 3
@@ -150,7 +155,9 @@ class Config:
 
     def exact(self) -> "Config":
         """This config with the listed world's own numbers."""
-        return replace(self, length=self.exact_length, nfe=(1,), steps=self.exact_steps, batch=self.exact_batch)
+        return replace(
+            self, length=self.exact_length, nfe=(1,), steps=self.exact_steps, batch=self.exact_batch, positions="all"
+        )
 
     def parts(self) -> Parts:
         """The objective's parts as this config has them."""
