@@ -41,7 +41,7 @@ def jump_matrix(table: Tensor, t: float, s: float) -> Tensor:
     masked = (states == v)[..., None]
     stay = s / t
     # each position by itself: a masked one stays masked with s/t, a visible one is certain
-    reveal = table * torch.where(masked, 1 - stay, 1.0)
+    reveal = table * (1 - stay * masked.double())
     to = torch.cat([reveal, masked.double() * stay], -1)  # (S, L, V + 1)
     out = torch.ones(len(states), len(states), dtype=torch.float64)
     for i in range(length):
@@ -75,7 +75,7 @@ def noised(law: Tensor, t: float, vocabulary: int, length: int) -> Tensor:
     for i in range(length):
         same = clean[:, i, None] == states[None, :, i]
         hidden = (states[:, i] == vocabulary)[None]
-        out = out * torch.where(hidden, 1 - a, torch.where(same, a, 0.0))
+        out = out * (hidden.double() * (1 - a) + same.double() * a)
     return law @ out
 
 

@@ -65,7 +65,8 @@ def copied(tokens: Tensor, corpus: Tensor, n: int = 8) -> float:
 def quality(judge: nn.Module, tokens: Tensor) -> dict[str, float]:
     """The judge's loss and, always, what tells a good sampler from one that says little: entropies and distinct-n."""
     return {
-        "loss": judge_loss(judge, tokens), "entropy": sample_entropy(tokens), "pooled": pooled_entropy(tokens),
+        "loss": judge_loss(judge, tokens), "entropy": sample_entropy(tokens), "pooled": pooled_entropy(tokens, 1),
+        "pooled2": pooled_entropy(tokens, 2),
         "distinct1": distinct(tokens, 1), "distinct2": distinct(tokens, 2),
     }  # fmt: skip
 
@@ -78,5 +79,5 @@ def at_entropy(frontier: Sequence[tuple[float, float]], entropy: float) -> float
     """
     x, y = np.array(sorted(frontier)).T
     i = int(np.clip(np.searchsorted(x, entropy), 1, len(x) - 1))
-    slope = (y[i] - y[i - 1]) / (x[i] - x[i - 1])
+    slope = (y[i] - y[i - 1]) / (x[i] - x[i - 1]) if x[i] > x[i - 1] else 0.0
     return float(y[i - 1] + slope * (entropy - x[i - 1]))

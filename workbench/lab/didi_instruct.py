@@ -32,10 +32,14 @@ def film(
     figure = figures.blank(f"after step {shown} of {steps}", "position", "")
     for row, (name, net) in enumerate(nets.items()):
         frames = [torch.full((1, config.length), task.tokenizer.mask_token_id)]
+
+        def keep(i: int, z: Tensor, frames: list[Tensor] = frames) -> None:
+            frames.append(z)
+
         move = guidance(config, guide, steps).mover(net, temperature) if guide and name == "RGAS" else None
         sample(
             net, 1, config.length, steps, torch.Generator().manual_seed(seed), temperature=temperature, prompt=prompt,
-            move=move, on_step=lambda i, z, frames=frames: frames.append(z),
+            move=move, on_step=keep,
         )  # fmt: skip
         now, before = frames[min(shown, steps)][0], frames[max(0, min(shown, steps) - 1)][0]
         _strip(figure, len(nets) - 1 - row, now, before, task.tokenizer)
@@ -84,7 +88,7 @@ def by_nfe(measured: Measured, config: Config, *, key: str = "loss", cost: str =
                 ys.append(value)
         curves[name] = (xs, ys)
     real = _mean(measured, "teacher", f"real {key}")
-    names = {"loss": NATS, "entropy": "entropy inside a sequence (nats)", "pooled": "entropy of all bigrams (nats)",
+    names = {"loss": NATS, "entropy": "entropy inside a sequence (nats)", "pooled": "entropy of all tokens (nats)",
              "seconds": "seconds a sequence"}  # fmt: skip
     return figures.lines(
         curves, title=f"{names.get(key, key)} against cost", x=f"{cost} a sequence", y=names.get(key, key), log_x=True,
@@ -92,7 +96,7 @@ def by_nfe(measured: Measured, config: Config, *, key: str = "loss", cost: str =
     )  # fmt: skip
 
 
-def quality_entropy(measured: Measured, config: Config, *, steps: int = 4, by: str = "entropy") -> go.Figure:
+def quality_entropy(measured: Measured, config: Config, *, steps: int = 4, by: str = "pooled") -> go.Figure:
     """The judge's loss against entropy at one NFE: the teacher's temperatures as a line, every other sampler a point.
 
     Below the line is better than the teacher at that entropy; to the left along it is only colder.
@@ -109,7 +113,7 @@ def quality_entropy(measured: Measured, config: Config, *, steps: int = 4, by: s
         x, y = (_mean(measured, variant, f"{k} @ {steps}") for k in (by, "loss"))
         if x is not None and y is not None:
             points[variant] = ([x], [y])
-    title = {"entropy": "entropy inside a sequence (nats)", "pooled": "entropy of all bigrams (nats)"}[by]
+    title = {"entropy": "entropy inside a sequence (nats)", "pooled": "entropy of all tokens (nats)"}[by]
     figure = figures.lines(points, title=f"quality and entropy at {steps} NFE", x=title, y=NATS)
     return figure.update_traces(marker_size=11)
 

@@ -1,4 +1,4 @@
-"""Losses of masked diffusion language models, in nats: MDLM's weighted bound, its exact form, KLs at masked positions."""
+"""Losses of masked diffusion models, in nats: MDLM's weighted bound, its exact form, KLs at masked positions."""
 
 from typing import Literal, cast
 

@@ -49,7 +49,7 @@ def small_masked_lm(
     vocabulary: int, length: int, *, width: int = 64, layers: int = 3, heads: int = 4, seed: int = 0
 ) -> MaskedLM:
     """A fresh network for V = `vocabulary` real tokens and the mask; attention everywhere, no dropout, tied tables."""
-    config = ModernBertConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=vocabulary + 1, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=heads, max_position_embeddings=length, layer_types=["full_attention"] * layers,
         # no padding row: ModernBERT gives it no gradient, and every token here is a real one
@@ -58,6 +58,7 @@ def small_masked_lm(
         rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1000.0}},
         initializer_range=width**-0.5, attn_implementation="sdpa",
     )  # fmt: skip
+    config = ModernBertConfig(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MaskedLM(ModernBertForMaskedLM(config))

@@ -1,6 +1,6 @@
 """DiDi-Instruct (Zheng et al., arXiv 2509.25035): a masked diffusion language model distilled into a few-step student.
 
-Symbols: p_theta teacher, p_nu student, D_lambda critic; z_t noised text, x clean text, m mask; tau the intermediate time.
+Symbols: p_theta teacher, p_nu student, D_lambda critic; x clean text, z_t noised, m mask; tau the intermediate time.
 The objective is the integral KL between both models' noised laws,
 
     L(nu) = int omega(t) KL(q_nu(z_t) || q_theta(z_t)) dt,
@@ -66,7 +66,7 @@ def _mask(net: nn.Module) -> int:
 
 
 def draw_tau(count: int, parts: Parts, generator: torch.Generator) -> Tensor:
-    """tau (count,) ~ pi on [0.02, 0.98]; pi = Beta(a, a), a whole number; one a group of G where parts.tau_per says so."""
+    """tau (count,) ~ pi = Beta(a, a) on [0.02, 0.98], a whole; one a group of G where parts.tau_per says so."""
     number = count // parts.group if parts.tau_per == "group" else count
     a = parts.beta
     # Beta(a, a) of whole a is the a-th smallest of 2 a - 1 uniform numbers
@@ -115,7 +115,7 @@ def revealed_log_prob(log_p: Tensor, masked: Tensor, before: Tensor, after: Tens
 def reward(critic: nn.Module, z: Tensor, mask: int, parts: Parts, *, clip: float = 8.0) -> Tensor:
     """R (B,): the mean over masked positions of the critic's log-odds, each clipped; 0 where nothing is masked.
 
-    Every position's optimum is the log-ratio of the whole sequence, so a mean estimates it; a sum would favour few masks.
+    Every position's optimum is the log-ratio of the whole sequence: a mean estimates it, a sum would favour few masks.
     parts.positions "all" reads every position: right where texts are so short that often none is masked.
     """
     read = (z == mask).float() if parts.positions == "masked" else torch.ones_like(z).float()
@@ -154,24 +154,24 @@ def student_loss(
     log_p = revealed_log_prob(first, everywhere.expand_as(z), start.expand_as(z), z if parts.decomposed else x, mask)
     terms: dict[str, Tensor] = {}
     masked = z == mask
+    mine, states = [hi], [(start, everywhere)]
     if parts.decomposed and masked.any():
         lo = logits_at(student, z, masked).log_softmax(-1)
         log_p = log_p + revealed_log_prob(lo, masked, z, x, mask)
-        both, states = (hi, lo), ((start, everywhere), (z, masked))
-    else:
-        both, states = (hi,), ((start, everywhere),)
+        mine.append(lo)
+        states.append((z, masked))
     terms["policy"] = (w * log_p).mean()
     loss = terms["policy"]
     if parts.kl:
         kls = []
-        for mine, (state, at) in zip(both, states, strict=True):
+        for ours, (state, at) in zip(mine, states, strict=True):
             with torch.no_grad():
                 theirs = logits_at(teacher, state, at).log_softmax(-1)
-            kls.append(divergence(theirs, mine, parts.kl_kind))
+            kls.append(divergence(theirs, ours, parts.kl_kind))
         terms["kl"] = torch.stack(kls).sum()
         loss = loss + parts.kl * terms["kl"]
     if parts.entropy:
-        terms["spread"] = torch.stack([-(p.exp() * p).sum(-1).mean() for p in both]).mean()
+        terms["spread"] = torch.stack([-(p.exp() * p).sum(-1).mean() for p in mine]).mean()
         loss = loss - parts.entropy * terms["spread"]
     return {"loss": loss, **terms, "reward": r.mean(), "reward_sd": r.std(), "log_p": log_p.detach().mean()}
 
@@ -179,7 +179,7 @@ def student_loss(
 def critic_loss(
     critic: nn.Module, fake: Tensor, real: Tensor, mask: int, parts: Parts, smoothing: float = 0.0
 ) -> dict[str, Tensor]:
-    """Binary cross-entropy at the masked positions of fake (B, L), the student's, label 1, and real, the reference's."""
+    """Binary cross-entropy at the masked positions of fake (B, L), label 1, and real (B, L), the reference's, 0."""
     odds = critic(torch.cat([fake, real])).float()
     at = (torch.cat([fake, real]) == mask) | (parts.positions == "all")
     label = torch.cat([torch.ones_like(fake), torch.zeros_like(real)]).float()
@@ -240,6 +240,9 @@ def distil(
         fake = noisy_students(s, count, length, parts, generator)
         return student_loss(s, teacher, critic.eval(), fake, parts)
 
+    if config.critic_warmup:  # the frozen-student phase: rewards of a critic that knows nothing are noise
+        first = Recipe(steps=config.critic_warmup, lr=config.critic_lr, warmup=0.1, clip=1.0, seed=seed)
+        fit(critic, tell_apart, seeds, first, name=f"{name}, critic", record=record, progress=False)
     recipe = Recipe(
         steps=config.steps, lr=config.lr, warmup=config.warmup, clip=config.clip, ema=config.ema, seed=seed,
         schedule="cosine", precision=config.precision, save_every=config.save_every, log_every=config.log_every,

@@ -80,19 +80,21 @@ class Config:
     judge: Annotated[str, Param("Hub id or folder of the autoregressive judge")] = ""
     split: Annotated[int, Param("seed of the shuffle that cuts the text", ge=0)] = 0
     vocabulary: Annotated[int, Param("BPE tokens V, without the mask", unit="tokens", ge=97)] = 384
-    length: Annotated[int, Param("sequence length L", unit="tokens", ge=2)] = 32
+    length: Annotated[int, Param("sequence length L", unit="tokens", ge=2)] = 16
     width: Annotated[int, Param("width of teacher, student, critic and judge", ge=8)] = 64
     layers: Annotated[int, Param("their blocks", ge=1)] = 3
     teacher_steps: Annotated[int, Param("optimiser steps of the teacher", unit="steps", ge=1)] = 3000
     judge_steps: Annotated[int, Param("optimiser steps of the judge", unit="steps", ge=1)] = 800
+    teacher_length: Annotated[int, Param("windows that teacher and judge train on", unit="tokens", ge=2)] = 32
     seeds: Annotated[int, Param("students of each variant, counted from the run's seed", ge=1)] = 1
     variants: Annotated[tuple[Variant, ...], Param("which students to distil on text", min_length=1)] = ("didi",)
-    steps: Annotated[int, Param("distillation steps", unit="steps", ge=1)] = 100
-    batch: Annotated[int, Param("sequences a step; a multiple of the group", ge=2)] = 32
-    lr: Annotated[float, Param("student's peak learning rate", gt=0)] = 1e-3
-    critic_lr: Annotated[float, Param("critic's peak learning rate", gt=0)] = 1e-3
+    steps: Annotated[int, Param("distillation steps", unit="steps", ge=1)] = 60
+    batch: Annotated[int, Param("sequences a step; a multiple of the group", ge=2)] = 128
+    lr: Annotated[float, Param("student's peak learning rate", gt=0)] = 5e-4
+    critic_lr: Annotated[float, Param("critic's peak learning rate", gt=0)] = 3e-3
+    critic_warmup: Annotated[int, Param("critic's steps before the student moves", unit="steps", ge=0)] = 60
     critic_repeats: Annotated[int, Param("critic updates a step", ge=1)] = 1
-    critic_blocks: Annotated[int, Param("last blocks of the critic that train", ge=0)] = 1
+    critic_blocks: Annotated[int, Param("last blocks of the critic that train", ge=0)] = 3
     warmup: Annotated[float, Param("share of the steps of linear warm-up", ge=0, le=1)] = 0.1
     clip: Annotated[float, Param("largest gradient norm of the student", gt=0)] = 0.5
     ema: Annotated[float, Param("decay a step of the student's average", gt=0, lt=1)] = 0.95
@@ -120,10 +122,10 @@ class Config:
     sign: Annotated[Literal[-1, 1], Param("of the reward; -1 breaks the method (for tests)")] = 1
     sdtt_steps: Annotated[int, Param("SDTT's steps, all rounds; 0: no such student", unit="steps", ge=0)] = 0
     sdtt_rounds: Annotated[int, Param("SDTT's rounds", ge=1)] = 3
-    sdtt_from: Annotated[int, Param("teacher steps that SDTT's first round halves", unit="steps", ge=2)] = 32
+    sdtt_from: Annotated[int, Param("teacher steps that SDTT's first round halves", unit="steps", ge=2)] = 16
     sdtt_lr: Annotated[float, Param("SDTT's peak learning rate", gt=0)] = 1e-3
     nfe: Annotated[tuple[int, ...], Param("sampling steps to measure at", unit="steps", min_length=1)] = (
-        1, 2, 4, 8, 16, 32,
+        1, 2, 4, 8, 16,
     )  # fmt: skip
     temperatures: Annotated[tuple[float, ...], Param("of the teacher's frontier; 1 among them", min_length=2)] = (
         0.6, 0.7, 0.8, 0.9, 1.0,
@@ -134,9 +136,9 @@ class Config:
     rerank_from: Annotated[float, Param("RGAS: share of the steps that tilt; the others re-rank", ge=0, le=1)] = 0.5
     exact_variants: Annotated[tuple[Variant, ...], Param("which students to distil in the listed world")] = ("didi",)
     exact_length: Annotated[int, Param("letters of a window of the listed world", ge=2, le=5)] = 4
-    exact_teacher_steps: Annotated[int, Param("optimiser steps of its teacher", unit="steps", ge=1)] = 400
-    exact_steps: Annotated[int, Param("distillation steps there", unit="steps", ge=1)] = 200
-    exact_batch: Annotated[int, Param("windows a step there", ge=2)] = 128
+    exact_teacher_steps: Annotated[int, Param("optimiser steps of its teacher", unit="steps", ge=1)] = 300
+    exact_steps: Annotated[int, Param("distillation steps there", unit="steps", ge=1)] = 50
+    exact_batch: Annotated[int, Param("windows a step there", ge=2)] = 256
     prompt: Annotated[str | None, Param("text that the samples of the film begin with")] = None
     workers: Annotated[int, Param("jobs at the same time (0: one a core)", ge=0)] = 0
 
@@ -154,15 +156,70 @@ class Config:
             raise WorkbenchError(f"model {self.model!r} needs data, tokenizer and judge by Hub id or folder")
 
     def exact(self) -> "Config":
-        """This config with the listed world's own numbers."""
+        """This config with the listed world's own numbers; its windows are so short that every position is read."""
         return replace(
-            self, length=self.exact_length, nfe=(1,), steps=self.exact_steps, batch=self.exact_batch, positions="all"
-        )
+            self, length=self.exact_length, nfe=(1,), steps=self.exact_steps, batch=self.exact_batch, lr=1e-3,
+            critic_lr=1e-2, critic_blocks=2, critic_repeats=2, smoothing=0.0, kl=0.1, positions="all",
+        )  # fmt: skip
 
     def parts(self) -> Parts:
         """The objective's parts as this config has them."""
         return Parts(**{name: getattr(self, name) for name in Parts.__dataclass_fields__})
 
 
-PRESETS = {"quick": Config(), "desk": Config(seeds=4), "full": Config()}
-CLAIMS: tuple[Claim, ...] = ()
+_LISTED: tuple[Variant, ...] = (
+    "didi", "no score decomposition", "no coupled time", "no omega", "no regularisation", "no group normalisation",
+    "none of the parts", "+ score decomposition", "+ coupled time",
+)  # fmt: skip
+PRESETS = {
+    "quick": Config(
+        steps=25, critic_warmup=25, samples=64, temperatures=(0.7, 1.0), nfe=(1, 2, 4, 8),
+        exact_variants=("didi", "no score decomposition"),
+    ),
+    "desk": Config(
+        seeds=3, variants=("didi", "no score decomposition"), sdtt_steps=120, exact_variants=_LISTED,
+    ),
+    # section 2 of the public notes and configs; batch, KL and entropy weights are uncertain, see the notebook
+    "full": Config(
+        model="kuleshov-group/mdlm-owt", data="Skylion007/openwebtext", tokenizer="openai-community/gpt2",
+        judge="openai-community/gpt2-large", vocabulary=50257, length=1024, steps=10_000, batch=32, lr=1e-6,
+        critic_lr=1e-5, critic_blocks=4, critic_warmup=0, warmup=0.1, ema=0.999, kl=0.01, precision="bf16",
+        save_every=500, log_every=50, nfe=(1, 2, 4, 8, 16, 32, 64, 128), samples=512, guidance=(30.0, 40.0),
+        sdtt_steps=20_000, sdtt_rounds=5, sdtt_from=1024, sdtt_lr=6e-5, seeds=3,
+        variants=("didi", "no score decomposition", "no coupled time"),
+    ),
+}  # fmt: skip
+
+
+def _claim(id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float):
+    return Claim(id, sentence, figure, source, id, unit, direction, margin)
+
+
+# Settings and margins come from tuning seeds 100 and 101. The listed world gave, in that order: KL at 2 steps .64 and
+# .65, integral KL .88 and .84, decomposition 1.8 and 2.0, coupled time 1.6 and .8 (so no clear effect is expected).
+# On text seed 100 at lr 5e-4 gave: loss at 4 NFE .05 above the teacher's, entropy kept .993, RGAS .13 nats better; at
+# 1e-3 and 1.5e-3 the student was worse than the teacher. The paper's direction is judged all the same.
+CLAIMS: tuple[Claim, ...] = (
+    _claim("listed_kl", "Listed world: two steps come nearer to the text: exact KL, student over teacher",
+           "16 NFE beat the teacher's 1024", "abstract", "ratio", "<=", 0.8),
+    _claim("listed_ikl", "Listed world: what is minimised falls: exact integral KL, student over teacher",
+           "Theorem 3.1", "section 3", "ratio", "<=", 0.95),
+    _claim("listed_decomposition", "Listed world: intermediate-state matching decides: KL at 2 steps, without over with",
+           "8 NFE: 33,584 without, 62.2 with", "leave-one-out table (second-hand)", "x", ">=", 1.3),
+    _claim("listed_coupled", "Listed world: coupled time helps: exact KL at 2 steps, without over with",
+           "8 NFE: 667.8 to 101.0", "cumulative table (second-hand)", "x", ">=", 1.1),
+    _claim("few_steps_matched", "Text: at 4 NFE and its own entropy the student beats the teacher: judge's loss gained",
+           "16 NFE: 38.2, teacher 38.5 at 1024", "main table; entropies not matched there", "nats a token", ">=", 0.1),
+    _claim("speed", "Text: 8 NFE of the student are as good as 16 of the teacher: loss gained",
+           "16 NFE: 38.2, teacher 38.5 at 1024", "main table", "nats a token", ">=", 0.0),
+    _claim("entropy_kept", "Text: and it stays as varied inside a sequence: entropy at 4 NFE, student over teacher",
+           "entropy loss about 1 %", "abstract", "ratio", ">=", 0.98),
+    _claim("distinct_kept", "Text: and between sequences: distinct bigrams at 4 NFE, student over teacher",
+           "no figure", "section 4", "ratio", ">=", 0.95),
+    _claim("decomposition", "Text: intermediate-state matching helps: loss gained at matched entropy, 4 NFE",
+           "8 NFE: 33,584 without, 62.2 with", "leave-one-out table (second-hand)", "nats a token", ">=", 0.05),
+    _claim("guidance", "Text: reward-guided sampling helps at few steps: loss gained at matched entropy, 4 NFE",
+           "8 NFE: 88.3 to 62.2", "cumulative table (second-hand)", "nats a token", ">=", 0.05),
+    _claim("against_sdtt", "Text: better than SDTT of the same budget: loss gained at matched entropy, 4 NFE",
+           "16 NFE: 38.2, SDTT 61.3", "later paper (second-hand)", "nats a token", ">=", 0.0),
+)  # fmt: skip

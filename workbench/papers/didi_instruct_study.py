@@ -18,7 +18,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.generation import at_entropy, copied, quality
 from workbench.losses.masked_diffusion import elbo, mdlm_loss, spread_times
 from workbench.models.hub import load_pretrained
-from workbench.models.masked_diffusion import Denoiser, sample
+from workbench.models.masked_diffusion import sample
 from workbench.models.masked_lm import check_vocabulary, load_masked_lm, save_masked_lm, small_masked_lm
 from workbench.models.mdlm_dit import load_mdlm, save_mdlm
 from workbench.models.transformer import DecoderLM, LMConfig, from_llama, llama_config, to_llama
@@ -46,17 +46,17 @@ class Task:
 
 
 def judge_shape(config: Config) -> LMConfig:
-    """The small judge: as wide and deep as the teacher, autoregressive, on the part of the text that no one else sees."""
-    return LMConfig(config.vocabulary, config.length, config.width, 2 * config.width, 4, 4, config.layers)
+    """The small judge: as wide and deep as the teacher, autoregressive, on text that no one else sees."""
+    return LMConfig(config.vocabulary, config.teacher_length, config.width, 2 * config.width, 4, 4, config.layers)
 
 
 def train_teacher(config: Config, text: BpeText, seed: int = 0, record: Record | None = None, **loop: Any) -> nn.Module:
     """A small MDLM from scratch on the teacher's part; returns its average."""
-    net = small_masked_lm(config.vocabulary, config.length, width=config.width, layers=config.layers, seed=seed)
+    net = small_masked_lm(config.vocabulary, config.teacher_length, width=config.width, layers=config.layers, seed=seed)
 
     def loss(m: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(int(batch))
-        return {"loss": mdlm_loss(m, text.windows("teacher", config.length, 64, g), spread_times(64, g), g)}
+        return {"loss": mdlm_loss(m, text.windows("teacher", config.teacher_length, 64, g), spread_times(64, g), g)}
 
     recipe = Recipe(steps=config.teacher_steps, lr=3e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", clip=1.0,
                     ema=0.995, seed=seed)  # fmt: skip
@@ -73,7 +73,7 @@ def train_judge(config: Config, text: BpeText, seed: int = 0, record: Record | N
                     ema=0.99, seed=seed)  # fmt: skip
     fitted = fit(
         judge, lambda m, x: {"loss": m(x[:, :-1], x[:, 1:])},
-        lambda g: text.windows("judge", config.length, 64, g), recipe, name="judge", record=record, **loop,
+        lambda g: text.windows("judge", config.teacher_length, 64, g), recipe, name="judge", record=record, **loop,
     )  # fmt: skip
     assert isinstance(fitted.ema, DecoderLM)
     return fitted.ema.eval().requires_grad_(False)
@@ -86,9 +86,8 @@ def save_reference(config: Config, folder: Path = REFERENCE) -> None:
     text = bpe_text(config.packages, config.vocabulary, config.split)
     teacher, judge = train_teacher(config, text), train_judge(config, text)
     save_masked_lm(cast(Any, teacher.half()), text.tokenizer, folder / "teacher")
-    LlamaConfig(**llama_config(judge_shape(config)), architectures=["LlamaForCausalLM"]).save_pretrained(
-        folder / "judge"
-    )
+    shape: dict[str, Any] = {**llama_config(judge_shape(config)), "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**shape).save_pretrained(folder / "judge")
     state = {name: t.half().contiguous() for name, t in to_llama(judge).items()}
     save_file(state, folder / "judge" / "model.safetensors", {"format": "pt"})
 
@@ -136,11 +135,13 @@ def _hub_task(config: Config, folder: Path) -> Task:
 
     tokenizer = load_pretrained(AutoTokenizer, config.tokenizer)
     teacher = load_mdlm(config.model)
-    check_vocabulary(teacher, len(tokenizer), config.model)
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    check_vocabulary(teacher, len(tokenizer) - 1, config.model)
     judge = load_pretrained(AutoModelForCausalLM, config.judge).eval().requires_grad_(False)
-    if judge.config.vocab_size < len(tokenizer):
+    if judge.config.vocab_size < len(tokenizer) - 1:
         raise WorkbenchError(
-            f"judge {config.judge!r} knows {judge.config.vocab_size} tokens, the tokenizer has {len(tokenizer)}: "
+            f"judge {config.judge!r} knows {judge.config.vocab_size} tokens, the tokenizer has {len(tokenizer) - 1}: "
             "the judge must read the teacher's tokens"
         )
     corpus = hub_corpus(
@@ -279,14 +280,14 @@ def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[t
     return known
 
 
-def frontier(teacher: Mapping[str, Any], config: Config, steps: int, by: str = "entropy") -> list[tuple[float, float]]:
+def frontier(teacher: Mapping[str, Any], config: Config, steps: int, by: str = "pooled") -> list[tuple[float, float]]:
     """The teacher's (entropy, judge's loss) at one NFE, a point a temperature."""
     return [(teacher[f"T {t:g} {by} @ {steps}"], teacher[f"T {t:g} loss @ {steps}"]) for t in config.temperatures]
 
 
 def gain(measures: Mapping[str, Any], teacher: Mapping[str, Any], config: Config, steps: int, prefix: str = "",
-         by: str = "entropy") -> float:  # fmt: skip
-    """By how much a sampler's judge loss lies below the teacher's of the same NFE and the same entropy, nats a token."""
+         by: str = "pooled") -> float:  # fmt: skip
+    """How far a sampler's judge loss lies below the teacher's of the same NFE and entropy, nats a token."""
     there = at_entropy(frontier(teacher, config, steps, by), measures[f"{prefix}{by} @ {steps}"])
     return there - measures[f"{prefix}loss @ {steps}"]
 
@@ -309,10 +310,12 @@ def claim_values(jobs: Mapping[str, Mapping[str, Any]], config: Config) -> dict[
     if didi is None or teacher is None or few not in config.nfe:
         return out
     out["few_steps"] = teacher[f"T 1 loss @ {few}"] - didi[f"loss @ {few}"]
+    # matched by the entropy of all tokens: that inside a short sequence is nearly full and hardly moves
     out["few_steps_matched"] = gain(didi, teacher, config, few)
-    out["few_steps_matched_pooled"] = gain(didi, teacher, config, few, by="pooled")
+    out["few_steps_matched_inside"] = gain(didi, teacher, config, few, by="entropy")
     out["entropy_kept"] = didi[f"entropy @ {few}"] / teacher[f"T 1 entropy @ {few}"]
     out["pooled_kept"] = didi[f"pooled @ {few}"] / teacher[f"T 1 pooled @ {few}"]
+    out["distinct_kept"] = didi[f"distinct2 @ {few}"] / teacher[f"T 1 distinct2 @ {few}"]
     if 8 in config.nfe and most > 8:
         out["speed"] = teacher[f"T 1 loss @ {most}"] - didi["loss @ 8"]
     out["guidance"] = gain(didi, teacher, config, few, "guided ") - gain(didi, teacher, config, few)
@@ -332,8 +335,3 @@ def honest_cost(config: Config, steps: int) -> dict[str, int]:
     """Network passes a sequence with RGAS at this NFE."""
     critic = cast(Any, None)  # passes depend on the settings alone
     return Guidance(critic, steps, config.guidance, config.candidates, config.rerank_from).passes()
-
-
-def vocabulary_of(net: nn.Module) -> int:
-    """V of a denoiser."""
-    return cast(Denoiser, net).vocabulary
