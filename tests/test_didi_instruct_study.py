@@ -163,7 +163,9 @@ def hub(tmp_path):
 
 def full(hub, **changes):
     folders = {name: str(hub / name) for name in ("data", "tokenizer", "judge")}
-    return Config(**{**SMALL, "model": str(hub / "mdlm"), **folders, "tokens": 1024, "length": 16, **changes})
+    return Config(
+        **{**SMALL, "model": str(hub / "mdlm"), **folders, "tokens": 1024, "length": 16, "critic_blocks": 2, **changes}
+    )
 
 
 def test_the_full_path_runs_on_tiny_folders(hub, tmp_path):
