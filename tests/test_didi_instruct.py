@@ -366,6 +366,7 @@ def test_sdtt_targets_are_the_teachers_two_steps(student):
     [
         ({"nfe": [0, 4]}, "nfe: from 1 to the length 16, got"), ({"nfe": [64]}, "nfe: from 1 to the length 16"),
         ({"temperatures": [1.0, -0.5]}, "temperatures: each above 0"), ({"prompt": "  "}, "prompt: some text"),
+        ({"temperatures": [0.5, 0.7]}, "1 must be among them"),
         ({"batch": 30}, "a multiple of the group 4, got 30"), ({"packages": []}, "at least 1 item"),
         ({"packages": ["pandas"]}, None), ({"vocabulary": 256}, None), ({"model": "a/b"}, "needs data, tokenizer"),
     ],
@@ -379,19 +380,23 @@ def test_bad_input_is_one_line_before_anything_trains(changes, told):
         assert "was made for 384 tokens and a mask, the tokenizer here has 256" in str(caught.value)
 
 
-LISTED_TINY = {"exact_steps": 40, "exact_teacher_steps": 250, "exact_batch": 256, "critic_warmup": 40}
-
-
-def exact_verdicts(sign):
-    config, records = Config(**LISTED_TINY, sign=sign), []
-    for seed in range(110, 113):
-        values = experiments.claim_values({"listed": listed.study(config, seed)}, config)
-        records += [{"kind": "result", "measure": name, "value": v, "seed": seed} for name, v in values.items()]
-    claim = next(c for c in paper.CLAIMS if c.id == "listed_kl")
-    return judge(claim, records)
-
-
 def test_a_reward_of_the_wrong_sign_flips_the_verdict():
-    intact, broken = exact_verdicts(1), exact_verdicts(-1)
-    assert intact.verdict == "holds", intact
-    assert broken.verdict == "does not hold", broken
+    """One teacher, three students a sign, judged by the claim's own rule and margin."""
+    config = Config(exact_teacher_steps=200, exact_steps=40, critic_warmup=40)
+    world, own = listed.letter_world(length=4), config.exact()
+    net = listed.train_teacher(config, 110)
+    there = listed.measure(net, config, own.parts())
+    claim = next(c for c in paper.CLAIMS if c.id == "listed_kl")
+    verdicts = {}
+    for sign, steps in ((1, 40), (-1, 15)):
+        records = []
+        for seed in (110, 111, 112):
+            done = paper.distil(
+                net, world.draw, 4, replace(own, steps=steps), replace(own.parts(), sign=sign), seed, progress=False
+            )
+            values = {"teacher": there, "didi": listed.measure(done.net, config, own.parts())}
+            value = experiments.claim_values({"listed": values}, config)["listed_kl"]
+            records.append({"kind": "result", "measure": "listed_kl", "value": value, "seed": seed})
+        verdicts[sign] = judge(claim, records)
+    assert verdicts[1].verdict == "holds", verdicts[1]
+    assert verdicts[-1].verdict == "does not hold", verdicts[-1]

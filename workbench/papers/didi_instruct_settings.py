@@ -148,6 +148,8 @@ class Config:
             raise WorkbenchError(f"parameter nfe: from 1 to the length {self.length}, got {list(self.nfe)}")
         if min(self.temperatures) <= 0:
             raise WorkbenchError(f"parameter temperatures: each above 0, got {list(self.temperatures)}")
+        if 1.0 not in self.temperatures:
+            raise WorkbenchError(f"parameter temperatures: 1 must be among them, got {list(self.temperatures)}")
         if self.batch % self.group:
             raise WorkbenchError(f"parameter batch: a multiple of the group {self.group}, got {self.batch}")
         if self.prompt is not None and not self.prompt.strip():
