@@ -112,7 +112,7 @@ class MDLMDiT(nn.Module):
 
     def hidden(self, z: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
         """z (B, L) or embeddings (B, L, D) → (B, L, D) before the output layer."""
-        x = F.embedding(z, self.table) if embeds is None else embeds
+        x = self.table[cast(Tensor, z)] if embeds is None else embeds
         condition = self._condition()
         for block in self.blocks:
             x = block(x, condition)
