@@ -131,6 +131,7 @@ def table(measured: Measured, config: Config, rows: Sequence[str], *, key: str =
         numbers, title=f"{key} by NFE", x="NFE", y="", value=key, x_labels=config.nfe, y_labels=names
     )
     figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(type="category")
     return figure.update_layout(height=120 + 42 * len(names))
 
 
@@ -145,6 +146,7 @@ def listed_table(measured: Measured, rows: Sequence[str]) -> go.Figure:
         x_labels=[k.removeprefix("kl ") for k in steps], y_labels=there,
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(type="category")
     return figure.update_layout(height=120 + 42 * len(there))
 
 

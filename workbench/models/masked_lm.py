@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import ModernBertConfig, ModernBertForMaskedLM
+from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
 from workbench.models.hub import load_pretrained
@@ -66,6 +67,7 @@ def small_masked_lm(
 
 def load_masked_lm(id: str, *, vocabulary: int | None = None) -> MaskedLM:
     """A saved network, float32. Raises WorkbenchError: not there; made for another vocabulary than `vocabulary`."""
+    logging.disable_progress_bar()  # a bar for a file of 200 kB would fill the notebook
     net = MaskedLM(load_pretrained(ModernBertForMaskedLM, id, dtype=torch.float32, attn_implementation="sdpa"))
     check_vocabulary(net, vocabulary, id)
     return net.eval()
@@ -82,6 +84,7 @@ def check_vocabulary(net: Any, vocabulary: int | None, name: str) -> None:
 
 def save_masked_lm(net: MaskedLM, tokenizer: Any, folder: Path) -> None:
     """A folder that AutoModelForMaskedLM and AutoTokenizer open without this package."""
+    logging.disable_progress_bar()
     net.net.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

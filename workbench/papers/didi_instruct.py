@@ -210,6 +210,7 @@ class Student:
     net: nn.Module
     critic: Critic
     fitted: Fitted
+    critic_size: tuple[int, int]  # the critic's parameters, in all and those that learned
 
 
 def distil(
@@ -250,7 +251,8 @@ def distil(
     side = Auxiliary(critic, tell_apart, lr=config.critic_lr, clip=1.0, repeats=config.critic_repeats)
     fitted = fit(student, move, seeds, recipe, name=name, record=record, auxiliaries={"critic": side}, **loop)
     assert fitted.ema is not None
-    return Student(fitted.ema.eval().requires_grad_(False), critic.eval().requires_grad_(False), fitted)
+    size = critic.parameter_count()
+    return Student(fitted.ema.eval().requires_grad_(False), critic.eval().requires_grad_(False), fitted, size)
 
 
 # --- reward-guided ancestral sampling --------------------------------------------------------------------------------

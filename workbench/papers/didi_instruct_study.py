@@ -207,9 +207,9 @@ def measure(config: Config, task: Task, net: nn.Module, seed: int, *, temperatur
         move = guidance(config, guide, steps).mover(net, temperature) if guide else None
         start = time.perf_counter()
         tokens = sample(net, config.samples, config.length, steps, generator, temperature=temperature, move=move)
-        out[f"seconds @ {steps}"] = (time.perf_counter() - start) / config.samples
-        out |= {f"{name} @ {steps}": value for name, value in quality(task.judge, tokens).items()}
-        out[f"copied @ {steps}"] = copied(tokens, task.train)
+        seconds = (time.perf_counter() - start) / config.samples
+        found = quality(task.judge, tokens) | {"copied": copied(tokens, task.train), "seconds": seconds}
+        out |= {f"{name} @ {steps}": value for name, value in found.items()}
     return out
 
 
