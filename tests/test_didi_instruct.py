@@ -381,18 +381,24 @@ def test_bad_input_is_one_line_before_anything_trains(changes, told):
 
 
 def test_a_reward_of_the_wrong_sign_flips_the_verdict():
-    """One teacher, three students a sign, judged by the claim's own rule and margin."""
-    config = Config(exact_teacher_steps=200, exact_steps=40, critic_warmup=40)
+    """One teacher, three students a sign, judged by the claim's own rule and margin; batches large for little noise."""
+    config = Config(exact_teacher_steps=200, exact_batch=640, critic_warmup=30)
     world, own = listed.letter_world(length=4), config.exact()
     net = listed.train_teacher(config, 110)
     there = listed.measure(net, config, own.parts())
     claim = next(c for c in paper.CLAIMS if c.id == "listed_kl")
     verdicts = {}
-    for sign, steps in ((1, 40), (-1, 15)):
+    for sign, steps in ((1, 45), (-1, 10)):
         records = []
-        for seed in (110, 111, 112):
+        for seed in range(110, 113):
             done = paper.distil(
-                net, world.draw, 4, replace(own, steps=steps), replace(own.parts(), sign=sign), seed, progress=False
+                net,
+                world.draw,
+                4,
+                replace(own, steps=steps, lr=7e-4),
+                replace(own.parts(), sign=sign),
+                seed,
+                progress=False,
             )
             values = {"teacher": there, "didi": listed.measure(done.net, config, own.parts())}
             value = experiments.claim_values({"listed": values}, config)["listed_kl"]
