@@ -6,7 +6,7 @@ from types import ModuleType
 
 from workbench.errors import WorkbenchError
 
-PAPERS = ("infinite_compute", "linfusion", "sign")
+PAPERS = ("infinite_compute", "linfusion", "sign", "didi_instruct")
 
 
 def load(slug: str) -> ModuleType:
