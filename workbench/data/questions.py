@@ -10,7 +10,7 @@ from workbench.errors import WorkbenchError
 
 
 def boxed(text: str) -> str | None:
-    """What stands before the brace that closes \\boxed{ (already open at the start of `text`); None if it stays open."""
+    """What stands before the brace that closes \\boxed{ (open at the start of `text`); None if it stays open."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "{") - (character == "}")

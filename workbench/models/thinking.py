@@ -145,8 +145,9 @@ def rollout(
 ) -> Rollout:  # fmt: skip
     """`samples` chains for each prompt (B, P) of ids, then an answer; rows b * samples + g. Nothing carries a gradient.
 
-    think(logits (N, V), generator) -> the thought (N, d), its token (N,) and what was drawn (N, ...). limit, answer_limit: most thoughts and
-    answer tokens; answer_tau: 0 is greedy. Raises WorkbenchError: no prompt, ids beyond the model's vocabulary.
+    think(logits (N, V), generator) -> the thought (N, d), its token (N,) and what was drawn (N, ...). limit,
+    answer_limit: most thoughts and answer tokens; answer_tau: 0 is greedy.
+    Raises WorkbenchError: no prompt, ids beyond the model's vocabulary.
     """
     if not len(prompt):
         raise WorkbenchError("no prompts to think about: the set is empty")
@@ -155,7 +156,9 @@ def rollout(
     embed = model.get_input_embeddings()
     top = max(int(prompt.max()), *format.stopped, *format.limit)
     if top >= embed.weight.shape[0]:
-        raise WorkbenchError(f"token {top} of the tokenizer is not in the model's vocabulary of {embed.weight.shape[0]}")
+        raise WorkbenchError(
+            f"token {top} of the tokenizer is not in the model's vocabulary of {embed.weight.shape[0]}"
+        )
     generator = torch.Generator(prompt.device).manual_seed(seed)
     reader = _Reader(model, cached)
     logits = reader.feed(embed(prompt), prompt_mask).repeat_interleave(samples, 0)

@@ -5,6 +5,7 @@ in its place, R the reward of the answer a, B prompts of G samples. Noise makes 
 REINFORCE trains chains of thought without reference chains and without back-propagation through time.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,16 @@ from workbench.errors import WorkbenchError
 from workbench.losses.policy_gradient import advantages, gaussian_log_density, token_log_probability
 from workbench.models.thinking import Rollout, Think, embedding_table, pick, replay, rollout
 from workbench.papers.soft_tokens_settings import (
-    ABOUT, ARXIV, AUTHORS, CLAIMS, NOTEBOOK, PRESETS, TITLE, Arm, Config, Mode,
+    ABOUT,
+    ARXIV,
+    AUTHORS,
+    CLAIMS,
+    NOTEBOOK,
+    PRESETS,
+    TITLE,
+    Arm,
+    Config,
+    Mode,
 )  # fmt: skip
 from workbench.papers.soft_tokens_tasks import Questions, Task, load_base, load_task
 from workbench.training.loop import Fitted, Recipe, fit
@@ -89,7 +99,7 @@ def generate(
     model: Any, task: Task, questions: Questions, mode: Mode, *, seed: int, samples: int = 1, answer_tau: float = 0.0,
     sigma: Tensor | float | None = None, cached: bool = True,
 ) -> Rollout:  # fmt: skip
-    """Chains and answers in one mode; only the chain is continuous, answers are tokens, greedy unless answer_tau > 0."""
+    """Chains and answers in one mode; only the chain is continuous, answers are greedy tokens unless answer_tau > 0."""
     noise = sigma_of(model, mode.factor) if sigma is None else sigma
     return rollout(
         model, questions.ids, questions.mask, thinker(model, mode, noise), task.format, limit=task.limit,
@@ -182,15 +192,15 @@ def train(
 ) -> tuple[Any, Fitted]:  # fmt: skip
     """Train `model` in place by REINFORCE in the mode of `arm`; AdamW, 20 warm-up steps, cosine, every weight.
 
-    on_step(step, logged, model) is called every `every` steps. Raises WorkbenchError for the arm "base".
+    on_step(step, logged, model) is called at every logged step. Raises WorkbenchError for the arm "base".
     """
     if arm == "base":
         raise WorkbenchError("the arm 'base' is the model before training")
     model.train()
     recipe = Recipe(
         steps=config.steps, lr=config.rate(arm), warmup=min(1.0, config.warmup / config.steps), schedule="cosine",
-        clip=config.clip, accumulate=config.accumulate, precision=config.precision, seed=seed, log_every=config.every,
-        save_every=config.save_every,
+        clip=config.clip, accumulate=config.accumulate, precision=config.precision, seed=seed,
+        log_every=math.gcd(10, config.every), save_every=config.save_every,
     )  # fmt: skip
 
     def told(step: int, logged: dict[str, Any]) -> None:
@@ -214,9 +224,7 @@ def gradient_parts(
     At τ = 1e-4 the softmax is saturated, and the first of them all but vanishes.
     """
     sigma = sigma_of(model, mode.factor)
-    chains = generate(
-        model, task, questions, mode, seed=seed, samples=config.samples, answer_tau=1.0, sigma=sigma
-    )
+    chains = generate(model, task, questions, mode, seed=seed, samples=config.samples, answer_tau=1.0, sigma=sigma)
     rewards = (task.marks(chains, questions) == 2).float().view(-1, config.samples)
     a = advantages(rewards).flatten()
     trained = [p for p in model.parameters() if p.requires_grad]

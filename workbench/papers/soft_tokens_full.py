@@ -1,4 +1,4 @@
-"""The paper's own tasks for a Hub model: GSM8K or MATH questions, held-out multiple choice, its prompt and stop rules."""
+"""The paper's own tasks for a Hub model: GSM8K or MATH questions, held-out multiple choice, prompt, stop rules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.data.questions import (
-    Choice, boxed, choice_of, load_split, math_verify_grader, question_of, same_number,
+    Choice,
+    boxed,
+    choice_of,
+    load_split,
+    math_verify_grader,
+    question_of,
+    same_number,
 )  # fmt: skip
 from workbench.errors import WorkbenchError
 from workbench.models.thinking import Ended, Format
@@ -18,7 +24,7 @@ from workbench.papers.soft_tokens_tasks import Questions, Task
 MARKER = "The final answer is:"
 # the paper's prompt asks for full reasoning and this last line (appendix B); the wording is ours
 PROMPT = (
-    "User: {question}\nReason step by step, then end with the line \"The final answer is: \\boxed{{answer}}\".\n"
+    'User: {question}\nReason step by step, then end with the line "The final answer is: \\boxed{{answer}}".\n'
     "Assistant:"
 )
 CHOICE_SPLITS = {"ai2_arc": "test", "hellaswag": "validation", "mmlu": "test"}
@@ -58,7 +64,7 @@ def text_format(tokenizer: Any) -> Format:
 
 
 def choice_scores(model: Any, tokenizer: Any, asked: Sequence[Choice]) -> dict[str, float]:
-    """"nll": nats per token of the right choice after its question; "accuracy": share whose right choice has the
+    """Keys "nll": nats per token of the right choice after its question; "accuracy": share whose right choice has the
     largest log-probability. One forward pass a question, its choices as rows."""
     nll, right = 0.0, 0
     for c in asked:

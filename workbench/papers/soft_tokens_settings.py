@@ -19,7 +19,8 @@ NOTEBOOK = "05_soft_tokens.ipynb"
 
 Kind = Literal["hard", "soft", "fuzzy"]
 Arm = Literal[
-    "base", "hard", "soft", "fuzzy", "fuzzy, warm", "soft, noise x9", "soft, logit noise", "soft, gumbel", "soft, top-k",
+    "base", "hard", "soft", "fuzzy", "fuzzy, warm", "soft, noise x9", "soft, logit noise", "soft, gumbel",
+    "soft, top-k",
 ]  # fmt: skip
 Noise = Literal["embedding", "logits", "gumbel"]
 
@@ -162,7 +163,7 @@ CLAIMS: tuple[Claim, ...] = (
            "curves", "Figure 4", "nats", ">=", 0.1),
     _claim("entropy_kept", "near the base model's: soft-trained over base",
            "curves", "Figure 4", "ratio", ">=", 0.8),
-    _claim("hard_inference", "Soft-trained models are best used with hard tokens: greedy pass@1, hard minus soft inference",
+    _claim("hard_inference", "Soft training is best used with hard tokens: greedy pass@1, hard minus soft inference",
            "77.2, soft inference 74.5 %", "Table 3", "share", ">=", 0.0),
     _claim("hard_inference_pass", "and sampled: pass@32, hard minus soft inference",
            "97.9, soft inference 94.2 %", "Table 3", "share", ">=", 0.02),

@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 from workbench.evaluation.pass_at_k import pass_curve
 from workbench.models.hub import load_pretrained
 from workbench.papers.soft_tokens import (
-    Arm, Config, Mode, chain_entropy, generate, load_base, load_task, six_modes, train,
+    Arm,
+    Config,
+    Mode,
+    chain_entropy,
+    generate,
+    load_base,
+    load_task,
+    six_modes,
+    train,
 )  # fmt: skip
 from workbench.papers.soft_tokens_tasks import Questions, Task, save_model
 from workbench.training.loop import step_seed
@@ -133,15 +141,20 @@ def _replace_model(model: Any, task: Task, folder: Path) -> None:
     os.replace(fresh, folder)
 
 
-def trained(job: Job, task: Task, base: Any, **loop: Any) -> Any:
+def trained(job: Job, task: Task, base: Any, on_log: Callable[[int, dict[str, Any]], None] | None = None) -> Any:
     """The arm's model: trained, or loaded where it is finished. The best own-mode greedy validation decides which
-    step's weights are kept, the later of two equal ones. Every validation is a record "trail" of the job."""
+    step's weights are kept, the later of two equal ones. Every validation is a record "trail" of the job.
+    on_log(step, logged): called at every logged step."""
     config, record = job.config, job.record
     known = {r["step"]: r for r in record.records("trail")}
     best = max((r["own"], s) for s, r in known.items()) if known else (-1.0, 0)
 
     def note(step: int, logged: dict[str, Any], model: Any) -> None:
         nonlocal best
+        if on_log:
+            on_log(step, logged)
+        if step % config.every and step != config.steps:
+            return
         if step not in known:
             known[step] = validate(config, model, task, job.arm, job.seed, all=job.arm in TRAILED)
             record.write("trail", step=step, **known[step])
@@ -152,7 +165,7 @@ def trained(job: Job, task: Task, base: Any, **loop: Any) -> Any:
     if job.arm in TRAILED and 0 not in known:
         known[0] = validate(config, base, task, job.arm, job.seed, all=True)
         record.write("trail", step=0, **known[0])
-    train(config, task, copy.deepcopy(base), job.arm, job.seed, record, note, progress=False, **loop)
+    train(config, task, copy.deepcopy(base), job.arm, job.seed, record, note, progress=False)
     return load_pretrained(AutoModelForCausalLM, str(job.student)).to(base.device).eval()
 
 
@@ -173,7 +186,7 @@ def train_base(job: Job) -> None:
 
 
 def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[tuple[str, int], dict[str, Any]]:
-    """{(arm, seed): measures} of every arm and seed; stores what claims are judged by. Finished arms are not repeated."""
+    """{(arm, seed): measures} of every arm and seed; stores what claims are judged by. Finished arms are kept."""
     seeds = range(seed, seed + config.seeds)
     workers = config.workers or None
     known = {(r["arm"], r["seed"]): r["measures"] for r in record.records("arm")}
