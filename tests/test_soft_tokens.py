@@ -249,13 +249,13 @@ TINY = {"chain": 2, "thoughts": 4, "problems": 48, "trail_problems": 48, "draws"
 def folder(tmp_path_factory):
     """A run's folder with the small base model of seed 100, trained once."""
     path = tmp_path_factory.mktemp("run")
-    config = paper.Config(**TINY, base_steps=250)
+    config = paper.Config(**TINY, base_steps=500)
     paper.load_base(config, paper.load_task(config, 100), 100, path, progress=False)
     return path
 
 
 def setting(folder, **changes):
-    config = paper.Config(**TINY, base_steps=250, **changes)
+    config = paper.Config(**TINY, base_steps=500, **changes)
     task = paper.load_task(config, 100)
     return config, task, paper.load_base(config, task, 100, folder)
 
@@ -335,7 +335,7 @@ def test_the_exported_llama_computes_what_the_decoder_computes(folder):
 
 def study_of(path, folder, **changes):
     """A study of the arms base and soft on the base model of `folder`, judged on three copies of a tuning seed."""
-    config = paper.Config(**TINY, base_steps=250, arms=("base", "soft"), **changes)
+    config = paper.Config(**TINY, base_steps=500, arms=("base", "soft"), **changes)
     values = {}
     task, base = paper.load_task(config, 100), setting(folder)[2]
     for run in range(3):
