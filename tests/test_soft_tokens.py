@@ -13,9 +13,11 @@ from workbench.data import chains as world
 from workbench.errors import WorkbenchError
 from workbench.evaluation.claims import judge
 from workbench.evaluation.pass_at_k import pass_at_k, pass_curve
+from workbench.lab import soft_tokens as panels
 from workbench.losses.policy_gradient import advantages, gaussian_log_density, token_log_probability
 from workbench.models.thinking import Format, embedding_table, ends_with, replay, rollout
 from workbench.papers import soft_tokens as paper
+from workbench.papers import soft_tokens_bench as bench
 from workbench.papers import soft_tokens_study as studies
 from workbench.papers.soft_tokens_settings import Mode
 from workbench.papers.soft_tokens_tasks import check_vocabulary, save_model
@@ -213,7 +215,7 @@ def test_the_world_is_arithmetic_with_held_out_operands():
     results, words = small.results(operands, operations), world.tokenizer()
     for i in range(50):
         here = int(operands[i, 0])
-        for t in range(4):
+        for t in range(3):
             value = int(operands[i, t + 1])
             here = (here + value if operations[i, t] == 0 else here - value) % 7
             assert here == results[i, t]
@@ -222,7 +224,7 @@ def test_the_world_is_arithmetic_with_held_out_operands():
     assert text.endswith(f"answer: \\boxed{{ {int(results[0, -1])} }} <eos>")
     seen = {split: set(map(tuple, small.draw(g, 3000, split)[0].tolist())) for split in world.SPLITS}
     assert not seen["train"] & seen["test"] and not seen["validation"] & seen["test"]
-    total = torch.cartesian_prod(*[torch.arange(7)] * 5)
+    total = torch.cartesian_prod(*[torch.arange(7)] * 4)
     shares = torch.bincount(world.split_of(total), minlength=10) / len(total)
     assert (shares - 0.1).abs().max() < 0.02
 
@@ -410,3 +412,64 @@ def test_bad_settings_are_one_line_before_anything_trains():
         world.Chains().draw(torch.Generator(), 1, "dev")
     with pytest.raises(WorkbenchError, match="before training"):
         paper.train(config, paper.load_task(config), tiny(), "base", 0)
+
+
+# --- panels and cost -------------------------------------------------------------------------------------------------
+
+
+def test_the_mixture_panel_generates_anew(folder):
+    config, task, base = setting(folder)
+    questions = studies.test_questions(config, task, "test", 100)
+    soft = panels.mixtures(base, task, questions, index=0, tau=0.5, factor=0.33)
+    weights = torch.tensor([bar.y for bar in soft.data])
+    assert torch.allclose(weights.sum(0), torch.ones(weights.shape[1]), atol=0.02)
+    fuzzy = panels.mixtures(base, task, questions, index=0, tau=1e-4, factor=0.0)
+    assert torch.tensor([bar.y for bar in fuzzy.data]).amax(0).min() > 0.999
+    chains = paper.generate(base, task, panels._pick(questions, 0, "cpu"), Mode("fuzzy", 1e-4), seed=0)
+    shadow = [label.split("<br>")[1] for label in fuzzy.data[0].x]
+    assert shadow == panels.words_of(task, chains.tokens[0][chains.thought_mask[0]].tolist())
+    loud = panels.mixtures(base, task, questions, index=0, tau=0.5, factor=3.0)
+    assert loud.layout.title.text != soft.layout.title.text
+
+
+def test_the_gradient_by_path_adds_up_and_the_panel_shows_it(folder):
+    config, task, base = setting(folder, samples=8)
+    questions = task.draw(torch.Generator().manual_seed(0), 4, "train")
+    warm = paper.gradient_parts(base, task, config, SOFT, questions, 0)
+    cold = paper.gradient_parts(base, task, config, Mode("fuzzy", 1e-4, 0.33), questions, 0)
+    assert cold["softmax"] < 0.05 * warm["softmax"] and cold["table"] > 0.1 * warm["table"]
+    figure = panels.gradient_paths(base, task, config, questions, factor=0.33, taus=(1e-4, 0.5))
+    assert {line.name for line in figure.data} == {"softmax", "table", "answer"}
+
+
+def test_every_panel_draws_a_study():
+    def arm(value):
+        curve = {name: {"1": [value, value - 0.1, value + 0.1]} for name in paper.six_modes(paper.Config())}
+        for name in curve:
+            if name.endswith("sample"):
+                curve[name]["8"] = [value + 0.1, value, value + 0.2]
+        trail = [{"step": s, "own": value, "hard": value, "nll": 1.0, "other_pass": 0.5} for s in (0, 2, 4)]
+        return {"test": curve, "other": curve, "nll": 1.0, "trail": trail, "entropy": {"hard": [1.0, 0.5, 0.2]}}
+
+    measured = {("base", 0): {**arm(0.4), "trail": []}, ("hard", 0): arm(0.6), ("soft", 0): arm(0.8)}
+    table = panels.table(measured, split="test", k=8)
+    assert table.data[0].z[2][0] == 0.8 and table.data[0].z[1][1] == pytest.approx(0.7)
+    curves = panels.pass_curves(measured, split="other", mode="soft sample")
+    assert [list(line.y) for line in curves.data if line.name == "soft"] == [[0.8, 0.9]]
+    assert len(panels.trajectories(measured, key="nll", y="nll").data) == 2
+    assert list(panels.entropy(measured, kind="hard").data[0].y) == [1.0, 0.5, 0.2]
+    assert {line.name for line in panels.learning(measured).data} == {"hard", "soft"}
+
+
+def test_the_bench_counts_memory_and_writes_its_rows(tmp_path, monkeypatch, capsys):
+    rows = bench.generation_cost((2, 8), rows=2, repeats=1)
+    assert {(r["mode"], r["cached"]) for r in rows} == {
+        (m, c) for m in ("hard", "soft", "fuzzy") for c in (True, False)
+    }
+    kept = {(r["mode"], r["cached"], r["thoughts"]): r["bytes"] for r in rows}
+    for mode in ("hard", "soft", "fuzzy"):
+        assert kept[mode, False, 8] > kept[mode, False, 2] > 0 and kept[mode, True, 8] < kept[mode, False, 8]
+    monkeypatch.setattr(bench, "generation_cost", lambda: rows)
+    paper.bench(tmp_path)
+    assert len((tmp_path / "soft_tokens.csv").read_text().splitlines()) == 1 + len(rows)
+    assert "tokens/s" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from workbench.papers.soft_tokens_full import (
     full_task,
     text_format,
 )
+from workbench.papers.soft_tokens_tasks import Task
 
 WORDS = (
     f"{PROMPT.format(question='')} {MARKER} \\boxed{{ }} How many apples are plus ? Answer: Question: red blue {{ frac"
@@ -33,9 +34,7 @@ VOCABULARY = ["<unk>", "<bos>", "<eos>", "frac", *dict.fromkeys(WORDS.split()), 
 def words():
     table = Tokenizer(WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
     table.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=table, unk_token="<unk>", bos_token="<bos>", eos_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=table, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
 def model_of(family, vocabulary):
@@ -99,8 +98,14 @@ def test_the_full_path_trains_and_measures_on_local_folders(hub, tmp_path):
 
 @pytest.mark.parametrize("arm", ["soft", "hard"])
 def test_a_qwen2_trains_through_the_same_code(hub, words, arm):
+    class Marked(Task):
+        """An untrained model boxes nothing: marks that differ, so that there is something to reinforce."""
+
+        def marks(self, chains, questions):
+            return torch.arange(len(chains)) % 3
+
     config = config_of(hub, "qwen2", problems=2)
-    task = full_task(config, words)
+    task = Marked(**vars(full_task(config, words)))
     model = paper.load_base(config, task)
     before = {n: p.clone() for n, p in model.named_parameters()}
     paper.train(config, task, model, arm, 0, progress=False)

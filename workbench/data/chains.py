@@ -53,7 +53,7 @@ def split_of(operands: Tensor) -> Tensor:
 class Chains:
     """The world of one seed. steps: operations a chain; floor: least probability that the writer knows an entry."""
 
-    steps: int = 4
+    steps: int = 3
     floor: float = 0.35
     seed: int = 0
 

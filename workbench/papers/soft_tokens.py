@@ -6,6 +6,7 @@ REINFORCE trains chains of thought without reference chains and without back-pro
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -196,6 +197,8 @@ def train(
     """
     if arm == "base":
         raise WorkbenchError("the arm 'base' is the model before training")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise WorkbenchError("one arm trains in one process: give each GPU an arm or a seed of its own, not torchrun")
     model.train()
     recipe = Recipe(
         steps=config.steps, lr=config.rate(arm), warmup=min(1.0, config.warmup / config.steps), schedule="cosine",
@@ -248,11 +251,14 @@ class Steps:
 
 
 @torch.no_grad()
-def chain_entropy(model: Any, chains: Rollout, mode: Mode) -> Steps:
-    """Entropy of the next-token distribution at τ = 1 before every step of finished chains."""
-    logits, _ = replay(model, chains, continuous=mode.kind != "hard")
-    p = logits.log_softmax(-1)
-    return Steps(-(p.exp() * p).sum(-1), chains.thought_mask)
+def chain_entropy(model: Any, chains: Rollout, mode: Mode, rows: int = 0) -> Steps:
+    """Entropy of the next-token distribution at τ = 1 before every step of chains, `rows` at a time (0: all)."""
+    pieces = []
+    for start in range(0, len(chains), rows or len(chains)):
+        part = chains.rows(start, start + (rows or len(chains)))
+        p = replay(model, part, continuous=mode.kind != "hard")[0].log_softmax(-1)
+        pieces.append(-(p.exp() * p).sum(-1))
+    return Steps(torch.cat(pieces), chains.thought_mask)
 
 
 def six_modes(config: Config) -> dict[str, Mode]:

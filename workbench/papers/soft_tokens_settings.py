@@ -53,21 +53,21 @@ class Config:
     harder_data: Annotated[str, Param("questions of another kind to test on (full)")] = ""
     other_data: Annotated[tuple[str, ...], Param("multiple-choice sets of the held-out skills (full)")] = ()
     grader: Annotated[Literal["number", "math-verify"], Param("how an answer is compared (full)")] = "number"
-    chain: Annotated[int, Param("difficulty: operations a question of the small world", unit="steps", ge=1)] = 4
+    chain: Annotated[int, Param("difficulty: operations a question of the small world", unit="steps", ge=1)] = 3
     floor: Annotated[float, Param("least share of right entries of the imperfect writer", ge=0, le=1)] = 0.35
     width: Annotated[int, Param("width of the small model", ge=8)] = 64
     layers: Annotated[int, Param("its layers", ge=1)] = 2
-    base_steps: Annotated[int, Param("optimiser steps of its supervised training", unit="steps", ge=1)] = 450
+    base_steps: Annotated[int, Param("optimiser steps of its supervised training", unit="steps", ge=1)] = 400
     seeds: Annotated[int, Param("seeds, counted from the run's seed", ge=1)] = 1
     arms: Annotated[tuple[Arm, ...], Param("what to train and measure", min_length=1)] = ("base", "hard", "soft")
-    thoughts: Annotated[int, Param("most thoughts of a chain, C", unit="tokens", ge=1)] = 6
+    thoughts: Annotated[int, Param("most thoughts of a chain, C", unit="tokens", ge=1)] = 5
     test_thoughts: Annotated[int, Param("the same in tests (0: as in training)", unit="tokens", ge=0)] = 0
     answer_tokens: Annotated[int, Param("most tokens of an answer", unit="tokens", ge=1)] = 2
     tau_hard: Annotated[float, Param("temperature of sampled hard tokens", gt=0)] = 1.0
     tau_soft: Annotated[float, Param("temperature of soft tokens", ge=0)] = 0.5
     tau_fuzzy: Annotated[float, Param("temperature of fuzzy tokens", ge=0)] = 1e-4
     factor: Annotated[float, Param("noise, in units of the rms of the embeddings", ge=0)] = 0.33
-    steps: Annotated[int, Param("optimiser steps of the reinforcement learning", unit="steps", ge=1)] = 200
+    steps: Annotated[int, Param("optimiser steps of the reinforcement learning", unit="steps", ge=1)] = 150
     prompts: Annotated[int, Param("prompts a micro-batch", ge=1)] = 4
     samples: Annotated[int, Param("chains a prompt while training, G", ge=2)] = 32
     accumulate: Annotated[int, Param("micro-batches a step", ge=1)] = 1
@@ -80,7 +80,7 @@ class Config:
     baseline: Annotated[Baseline, Param("what is subtracted from a reward")] = "leave one out"
     precision: Annotated[Literal["no", "bf16", "fp16"], Param("mixed precision")] = "no"
     save_every: Annotated[int | None, Param("steps between checkpoints", unit="steps", ge=1)] = None
-    every: Annotated[int, Param("steps between validations", unit="steps", ge=1)] = 40
+    every: Annotated[int, Param("steps between validations", unit="steps", ge=1)] = 30
     problems: Annotated[int, Param("test questions of each skill", unit="questions", ge=2)] = 128
     trail_problems: Annotated[int, Param("questions of each validation", unit="questions", ge=2)] = 96
     draws: Annotated[int, Param("samples a test question, n of pass@k", ge=1)] = 32
@@ -124,7 +124,7 @@ _FULL: dict[str, Any] = {
     "eval_rows": 64, "problems": 500, "workers": 1,
 }  # fmt: skip
 PRESETS = {
-    "quick": Config(base_steps=350, steps=100, problems=64, trail_problems=48, every=50),
+    "quick": Config(base_steps=300, steps=90, problems=64, trail_problems=48, every=30),
     "desk": Config(seeds=4, arms=("base", "hard", "soft", "fuzzy", "soft, noise x9")),
     # B 2 x G 32 as two micro-batches of one prompt
     "full": Config(**_FULL, model="meta-llama/Llama-3.2-3B-Instruct", lr=6e-6, lr_soft=6e-6),

@@ -71,7 +71,7 @@ def mode_curve(
 def entropies(config: Config, model: Any, task: Task, questions: Questions, mode: Mode, seed: int) -> list[float]:
     """Mean entropy (nats) of the next token at τ = 1 by position of the chain, sampled in `mode`."""
     some = Questions(questions.ids, questions.mask, questions.truths).to(model.device)
-    steps = chain_entropy(model, generate(model, task, some, mode, seed=seed), mode)
+    steps = chain_entropy(model, generate(model, task, some, mode, seed=seed), mode, config.rows)
     used = steps.mask.float()
     return ((steps.entropy * used).sum(0) / used.sum(0).clamp(min=1)).tolist()
 
@@ -92,8 +92,8 @@ def measure(config: Config, model: Any, task: Task, seed: int) -> dict[str, Any]
     return out
 
 
-def validate(config: Config, model: Any, task: Task, arm: Arm, seed: int, *, all: bool) -> dict[str, float]:
-    """Scores of one validation: "own", greedy in the arm's own mode; "hard", greedy tokens; if `all` also "sample"
+def validate(config: Config, model: Any, task: Task, arm: Arm, seed: int, *, whole: bool) -> dict[str, float]:
+    """Scores of one validation: "own", greedy in the arm's own mode; "hard", greedy tokens; if `whole` also "sample"
     (p@1), "other_pass" (largest k), "other_greedy", and what `knowledge` measures. Hard inference but for "own"."""
     modes, n, task = six_modes(config), config.trail_problems, in_tests(config, task)
     questions = test_questions(config, task, "validation", seed, n)
@@ -104,7 +104,7 @@ def validate(config: Config, model: Any, task: Task, arm: Arm, seed: int, *, all
     out = {"hard": float(np.mean(score("hard greedy", questions)))}
     kind = config.mode(arm).kind
     out["own"] = out["hard"] if kind == "hard" else float(np.mean(score(f"{kind} greedy", questions)))
-    if all:
+    if whole:
         other = test_questions(config, task, "other", seed, n)
         k = max(config.ks)
         out["sample"] = pass_curve(config.draws, score("hard sample", questions, config.draws), (1,))[1].mean
@@ -156,14 +156,14 @@ def trained(job: Job, task: Task, base: Any, on_log: Callable[[int, dict[str, An
         if step % config.every and step != config.steps:
             return
         if step not in known:
-            known[step] = validate(config, model, task, job.arm, job.seed, all=job.arm in TRAILED)
+            known[step] = validate(config, model, task, job.arm, job.seed, whole=job.arm in TRAILED)
             record.write("trail", step=step, **known[step])
         if (known[step]["own"], step) >= best:
             best = known[step]["own"], step
             _replace_model(model, task, job.student)
 
     if job.arm in TRAILED and 0 not in known:
-        known[0] = validate(config, base, task, job.arm, job.seed, all=True)
+        known[0] = validate(config, base, task, job.arm, job.seed, whole=True)
         record.write("trail", step=0, **known[0])
     train(config, task, copy.deepcopy(base), job.arm, job.seed, record, note, progress=False)
     return load_pretrained(AutoModelForCausalLM, str(job.student)).to(base.device).eval()
