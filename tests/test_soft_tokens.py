@@ -364,7 +364,7 @@ def test_too_much_noise_flips_the_verdict(folder, tmp_path):
 
 def test_a_study_measures_every_claim_and_is_not_repeated(tmp_path):
     changes = {"base_steps": 4, "steps": 4, "every": 2, "prompts": 2, "samples": 2, "problems": 8, "trail_problems": 8}
-    arms = ("base", "hard", "soft", "fuzzy", "soft, noise x9")
+    arms = ("base", "hard", "soft", "fuzzy")
     config = paper.Config(**{**TINY, **changes}, arms=arms)
     record = Record(tmp_path)
     known = studies.study(config, tmp_path, record, seed=120)

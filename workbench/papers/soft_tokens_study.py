@@ -260,7 +260,4 @@ def claim_values(arms: Mapping[Any, Mapping[str, Any]], k: int) -> dict[str, flo
         out["matched_pass_gain"] = end["other_pass"] - matched(hard["trail"], end["hard"], "other_pass")
     if base and "fuzzy" in arms:
         out["fuzzy_learns"] = score(arms["fuzzy"], "test", "hard greedy") - score(base, "test", "hard greedy")
-    if soft and "soft, noise x9" in arms:
-        loud = arms["soft, noise x9"]
-        out["noise_limit"] = score(soft, "test", "hard greedy") - score(loud, "test", "hard greedy")
     return out
