@@ -143,7 +143,7 @@ def _claim(id: str, sentence: str, figure: str, source: str, unit: str, directio
 
 
 # Settings and margins were fixed on seeds 100 and 101, before any judging seed. The rate of each arm is the best of
-# three by greedy validation of its own mode: soft 5e-5, 1e-4, 2e-4 (and 4e-4, which fell below the base model) gave .56,
+# three by greedy validation in its own mode: soft 5e-5, 1e-4, 2e-4 (4e-4 fell below the base model) gave .56,
 # .66 and .47 on seed 100 in an earlier size of the world, hard rises faster with 2e-4 (.97 on seed 101) than with 1e-4
 # (.90 in half the steps). Seen on seed 101, hard at 2e-4 and 300 steps, soft at 1e-4 and 150: greedy gain of soft .15,
 # gap in greedy .5, in sampled pass@1 .58; pass@32 of the other skill .99 soft, .93 hard; its nll .24 and .32, base .22.
