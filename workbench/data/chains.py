@@ -86,8 +86,9 @@ class Chains:
         """
         if split not in SPLITS:
             raise WorkbenchError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-        tenths, kept = torch.tensor(list(SPLITS[split])), []
-        while sum(map(len, kept)) < count:
+        tenths = torch.tensor(list(SPLITS[split]))
+        kept: list[Tensor] = []
+        while sum(len(k) for k in kept) < count:
             operands = torch.randint(MODULUS, (16 * count, self.steps + 1), generator=generator)
             kept.append(operands[torch.isin(split_of(operands), tenths)])
         operands = torch.cat(kept)[:count]

@@ -21,7 +21,7 @@ SPLITS = {"test": "the trained skill", "other": "the skill not trained on"}
 
 def words_of(task: Task, ids: Sequence[int]) -> list[str]:
     """One readable word an id."""
-    return [task.tokenizer.decode([i]).strip() or repr(i) for i in ids]
+    return [str(task.tokenizer.decode([i])).strip() or repr(i) for i in ids]
 
 
 def chain_controls(config: Config, questions: int) -> dict[str, widgets.Widget]:
@@ -57,11 +57,11 @@ def mixtures(
     steps = [f"{t + 1}<br>{word}" for t, word in enumerate(shadow)]
     shown = p.sum(0).topk(min(8, p.shape[1])).indices.tolist()
     names = words_of(task, shown)
-    answer = task.tokenizer.decode(chains.answer[0][chains.answer_mask[0]], skip_special_tokens=True)
+    answer = str(task.tokenizer.decode(chains.answer[0][chains.answer_mask[0]], skip_special_tokens=True))
     table = embedding_table(model).float()
     nearest = torch.cdist(table[:2000], table[:2000]).fill_diagonal_(float("inf")).amin(1).mean()
     radius = float(sigma_of(model, factor)) * table.shape[1] ** 0.5
-    prompt = task.tokenizer.decode(one.ids[0][one.mask[0]], skip_special_tokens=True)
+    prompt = str(task.tokenizer.decode(one.ids[0][one.mask[0]], skip_special_tokens=True))
     title = (
         f"{prompt[-60:]} → {answer.strip()} (truth {one.truths[0]})<br>"
         f"noise norm {radius:.2f}, nearest other embedding {float(nearest):.2f}"

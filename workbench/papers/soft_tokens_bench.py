@@ -13,7 +13,7 @@ from workbench.models.thinking import Format, rollout
 from workbench.papers.soft_tokens import sigma_of, thinker
 from workbench.papers.soft_tokens_settings import Config, Mode
 
-SHAPE = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+SHAPE: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 512}  # fmt: skip
 
 

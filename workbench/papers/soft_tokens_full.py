@@ -90,7 +90,7 @@ def _knowledge(config: Config, tokenizer: Any) -> Callable[[Any], dict[str, floa
         sets[short] = [choice_of(data[i]) for i in range(min(config.problems, len(data)))]
 
     def knowledge(model: Any) -> dict[str, float]:
-        out = {}
+        out: dict[str, float] = {}
         for name, asked in sets.items():
             out |= {f"{key} {name}": value for key, value in choice_scores(model, tokenizer, asked).items()}
         means = [v for k, v in out.items() if k.startswith("nll ")]
