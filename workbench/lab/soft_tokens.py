@@ -109,8 +109,10 @@ def table(measured: Mapping[tuple[str, int], Mapping[str, Any]], *, split: str, 
     rows = [[_mean_curve(runs, split, m).get(1 if m.endswith("greedy") else k, np.nan) for m in modes]
             for runs in arms.values()]  # fmt: skip
     title = f"training × inference on {SPLITS[split]}: greedy pass@1, sampled pass@{k}"
-    return figures.heatmap(rows, title=title, x="inference", y="training", value="share right", x_labels=modes,
-                           y_labels=list(arms))  # fmt: skip
+    figure = figures.heatmap(rows, title=title, x="inference", y="training", value="share right", x_labels=modes,
+                             y_labels=list(arms))  # fmt: skip
+    figure.update_yaxes(autorange="reversed")  # the base model on top, as in the paper
+    return figure
 
 
 def trajectories(measured: Mapping[tuple[str, int], Mapping[str, Any]], *, key: str, y: str) -> go.Figure:
@@ -157,8 +159,8 @@ def gradient_paths(
         curves, title="where the gradient of one step comes from", x="temperature τ", y="gradient norm",
         log_x=True, log_y=True,
     )  # fmt: skip
-    figure.update_yaxes(dtick=1)
-    figure.update_xaxes(dtick=1)
+    figure.update_yaxes(dtick=2, exponentformat="power")
+    figure.update_xaxes(dtick=1, exponentformat="power")
     return figure
 
 
