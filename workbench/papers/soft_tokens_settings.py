@@ -146,8 +146,8 @@ def _claim(id: str, sentence: str, figure: str, source: str, unit: str, directio
 # greedy validation in its own mode: soft 5e-5, 1e-4 and 2e-4 gave .56, .66 and .47 on seed 100 in 200 to 300 steps of
 # an earlier size of the world (4e-4 fell below the base model); hard 1e-4 and 2e-4 gave .88 and .92 there, and 2e-4 .97
 # on seed 101 in 300 steps. Seen on seed 101, hard at 2e-4 and 300 steps, soft at 1e-4 and 150: greedy gain of soft .15,
-# gap in greedy .5, in sampled pass@1 .58; pass@32 of the other skill .99 soft, .93 hard; its nll .24 and .32, base .22. At
-# equal accuracy (.47) hard had lost nothing yet. Margins ask for effects that one would call by the paper's words.
+# gap in greedy .5, in sampled pass@1 .58; pass@32 of the other skill .99 soft, .93 hard; its nll .24 and .32, base .22.
+# At equal accuracy (.47) hard had lost nothing yet. Margins ask for effects that one would call by the paper's words.
 CLAIMS: tuple[Claim, ...] = (
     _claim("soft_learns", "Soft-token RL learns: greedy pass@1 with hard inference, soft-trained minus base",
            "77.2 from 71.4 % (GSM8K, Llama 3B)", "Table 1", "share", ">=", 0.1),
