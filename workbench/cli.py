@@ -247,3 +247,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     module.bench(folder)
     print(folder)
+
+
+if __name__ == "__main__":
+    app()
