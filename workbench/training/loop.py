@@ -1,5 +1,7 @@
 """The one training loop: accelerate, AMP, accumulation, clipping, schedule, EMA, NaN guard, checkpoints, resume.
 
+A second network that learns beside the first (a critic, an online score) is an Auxiliary: same guards, same checkpoint.
+
 Randomness is stateless: the batch and torch's generator of a step depend on (seed, step, micro-step, rank) alone, so a
 run that was killed and resumed computes what the uninterrupted run computes, bit for bit on the same machine.
 """
@@ -76,6 +78,36 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, self.steps - warm)))
 
 
+@dataclass(frozen=True)
+class Auxiliary:
+    """A network that is updated `repeats` times before each step of the main one: a discriminator, an online score.
+
+    loss_fn(this network, batch) returns {"loss": scalar, ...}, logged as "NAME/loss" and so on; it sees the main
+    network by closure and detaches what it takes from there. The main loss reaches `model` in the same way: gradients
+    it leaves here are dropped. Weights and optimiser are saved and restored with the main network's.
+    batch_fn: as in `fit`; None takes the main one's, drawn anew (an indexed one is read from its start, by own count).
+    The learning rate follows the main recipe's schedule from lr on; precision and seed are the main recipe's too.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = None
+    repeats: int = 1
+    batch_fn: BatchFn | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise WorkbenchError(f"repeats is at least 1, got {self.repeats}")
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint's auxiliary must share with this one to go on."""
+        names = ("lr", "betas", "weight_decay", "clip", "repeats")
+        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in names}
+
+
 @dataclass
 class Fitted:
     """A finished training: the model, its EMA copy if asked for, and what was logged."""
@@ -139,10 +171,53 @@ def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def _finite_state(model: nn.Module, step: int, owner: str = "") -> dict[str, Tensor]:
+    """What a checkpoint keeps of a network. Raises NonFiniteError."""
+    weights = _trainable_state(model)
+    for name, t in weights.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise NonFiniteError(
+                f"weight {owner}{name} is not finite after step {step}; no checkpoint was written of it"
+            )
+    return weights
+
+
+def _load_weights(model: nn.Module, saved: checkpoint.Checkpoint, part: str) -> None:
+    try:
+        missing, unexpected = model.load_state_dict(saved.parts[part], strict=False)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {line}") from None
+    lost = set(missing) & set(_trainable_state(model))
+    if lost or unexpected:
+        name = sorted(lost or unexpected)[0]
+        raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {name} is in one of them only")
+
+
+class _Side:
+    """The moving parts of one auxiliary network in a session."""
+
+    def __init__(self, name: str, spec: Auxiliary, accelerator: Accelerator):
+        self.name, self.spec, self.bare = name, spec, spec.model
+        self.bare.to(accelerator.device)
+        recipe = Recipe(steps=1, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        self.inner = adamw(self.bare, recipe)
+        self.model = accelerator.prepare_model(self.bare)
+        self.optimizer = accelerator.prepare_optimizer(self.inner)
+
+    @property
+    def part(self) -> str:
+        """Name of its tensors in a checkpoint."""
+        return f"auxiliary-{self.name}"
+
+
 class _Session:
     """The moving parts of one training, and how they go into a checkpoint and come back."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, recipe: Recipe):
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, recipe: Recipe,
+        auxiliaries: Mapping[str, Auxiliary],
+    ):  # fmt: skip
         self.recipe, self.bare = recipe, model
         self.accelerator = _accelerator(recipe.precision)
         self.bare.to(self.accelerator.device)
@@ -153,25 +228,34 @@ class _Session:
         self.ema = AveragedModel(model, multi_avg_fn=averaging) if averaging else None
         self.model = self.accelerator.prepare_model(model)
         self.optimizer = self.accelerator.prepare_optimizer(self.inner)
+        self.sides = [_Side(name, spec, self.accelerator) for name, spec in auxiliaries.items()]
+        for group in [g for side in self.sides for g in side.inner.param_groups]:
+            group.setdefault("initial_lr", group["lr"])
         self.seconds = 0.0
 
     def close(self) -> None:
-        """Give the user's model back without accelerate's wrappers."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        vars(self.bare).pop("forward", None)  # accelerate leaves the bound method behind on the instance
+        """Give the user's models back without accelerate's wrappers."""
+        for wrapped, bare in [(self.model, self.bare), *((side.model, side.bare) for side in self.sides)]:
+            self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            vars(bare).pop("forward", None)  # accelerate leaves the bound method behind on the instance
 
     def save(self, folder, step: int) -> None:
-        weights = _trainable_state(self.bare)
-        for name, t in weights.items():
-            if t.is_floating_point() and not torch.isfinite(t).all():
-                raise NonFiniteError(f"weight {name} is not finite after step {step}; no checkpoint was written of it")
+        weights = _finite_state(self.bare, step)
+        others = {side.part: _finite_state(side.bare, step, f"{side.name}/") for side in self.sides}
         if self.accelerator.is_main_process:
             tensors, rest = _pack_optimizer(self.inner)
-            parts = {"model": weights, "optimizer": tensors}
+            parts = {"model": weights, "optimizer": tensors, **others}
             if self.ema is not None:
                 parts["ema"] = self.ema.state_dict()
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-            state = {"recipe": asdict(self.recipe), "optimizer": rest, "scaler": scaler, "seconds": self.seconds}
+            auxiliaries = {}
+            for side in self.sides:
+                parts[f"{side.part}-optimizer"], own = _pack_optimizer(side.inner)
+                auxiliaries[side.name] = {"settings": side.spec.settings(), "optimizer": own}
+            state = {
+                "recipe": asdict(self.recipe), "optimizer": rest, "scaler": scaler, "seconds": self.seconds,
+                "auxiliaries": auxiliaries,
+            }  # fmt: skip
             checkpoint.save(folder, step, parts, state)
         self.accelerator.wait_for_everyone()
 
@@ -183,25 +267,68 @@ class _Session:
         if changed:
             old = ", ".join(f"{k}={then.get(k)}" for k in changed)
             raise checkpoint.CheckpointError(f"{saved.path} belongs to another recipe ({old}); use a new run folder")
-        try:
-            missing, unexpected = self.bare.load_state_dict(saved.parts["model"], strict=False)
-        except RuntimeError as error:
-            line = str(error).splitlines()[-1].strip()
-            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {line}") from None
-        lost = set(missing) & set(_trainable_state(self.bare))
-        if lost or unexpected:
-            name = sorted(lost or unexpected)[0]
-            raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {name} is in one of them only")
+        theirs = {name: a["settings"] for name, a in saved.state.get("auxiliaries", {}).items()}
+        if theirs != {side.name: side.spec.settings() for side in self.sides}:
+            raise checkpoint.CheckpointError(
+                f"{saved.path} belongs to a training with other auxiliary networks ({theirs or 'none'}); use a new run "
+                "folder"
+            )
+        _load_weights(self.bare, saved, "model")
         _unpack_optimizer(self.inner, saved.parts["optimizer"], saved.state["optimizer"])
+        for side in self.sides:
+            _load_weights(side.bare, saved, side.part)
+            rest = saved.state["auxiliaries"][side.name]["optimizer"]
+            _unpack_optimizer(side.inner, saved.parts[f"{side.part}-optimizer"], rest)
         if self.ema is not None:
             self.ema.load_state_dict(saved.parts["ema"])
         if self.accelerator.scaler and saved.state["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.seconds = saved.state["seconds"]
 
+    def _draw(self, batch_fn: BatchFn, seed: int, number: int) -> Any:
+        """One micro-batch on the device; `number` counts this rank's from 0. Sets torch's generator to `seed`."""
+        accelerator = self.accelerator
+        torch.manual_seed(seed)
+        if callable(batch_fn):
+            batch = batch_fn(torch.Generator().manual_seed(seed))
+        else:
+            batch = batch_fn[number * accelerator.num_processes + accelerator.process_index]
+        return send_to_device(batch, accelerator.device)
+
+    def update_side(self, index: int, step: int, batch_fn: BatchFn, last_good: str) -> dict[str, Any]:
+        """The updates of one auxiliary that belong to `step`; returns what is logged of the last one."""
+        side, accelerator = self.sides[index], self.accelerator
+        spec = side.spec
+        logged: dict[str, Any] = {}
+        for group in side.inner.param_groups:
+            group["lr"] = group["initial_lr"] * self.recipe.factor(step - 1)
+        for repeat in range(spec.repeats):
+            side.optimizer.zero_grad()
+            # a stream of draws of its own, whatever `accumulate` is
+            seed = step_seed(step_seed(self.recipe.seed, step, repeat, accelerator.process_index), index)
+            batch = self._draw(spec.batch_fn or batch_fn, seed, (step - 1) * spec.repeats + repeat)
+            with accelerator.autocast():
+                losses = spec.loss_fn(side.model, batch)
+            value = losses["loss"].detach()
+            if not torch.isfinite(value):
+                raise NonFiniteError(f"loss of {side.name} is {float(value)} at step {step}; {last_good}")
+            accelerator.backward(losses["loss"])
+            logged = {key: x.detach().float() for key, x in losses.items()}
+            if spec.clip is not None:
+                trained = [p for p in side.bare.parameters() if p.requires_grad]
+                logged["grad_norm"] = accelerator.clip_grad_norm_(trained, spec.clip)
+            side.optimizer.step()
+        return {f"{side.name}/{key}": value for key, value in logged.items()}
+
     def update(self, step: int, loss_fn: LossFn, batch_fn: BatchFn, last_good: str) -> dict[str, Any]:
-        """One optimiser step (`step` counts from 1) over `accumulate` micro-batches; returns what is logged of it."""
+        """One optimiser step (`step` counts from 1) over `accumulate` micro-batches; returns what is logged of it.
+
+        Auxiliaries go first, so that the main step meets a critic that has seen this very network.
+        """
         recipe, accelerator = self.recipe, self.accelerator
+        aside: dict[str, Any] = {}
+        for index in range(len(self.sides)):
+            aside |= self.update_side(index, step, batch_fn, last_good)
         factor = recipe.factor(step - 1)
         for group in self.inner.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -209,13 +336,7 @@ class _Session:
         mean: dict[str, Tensor] = {}
         for micro in range(recipe.accumulate):
             seed = step_seed(recipe.seed, step, micro, accelerator.process_index)
-            torch.manual_seed(seed)
-            if callable(batch_fn):
-                batch = batch_fn(torch.Generator().manual_seed(seed))
-            else:
-                micros = (step - 1) * recipe.accumulate + micro
-                batch = batch_fn[micros * accelerator.num_processes + accelerator.process_index]
-            batch = send_to_device(batch, accelerator.device)
+            batch = self._draw(batch_fn, seed, (step - 1) * recipe.accumulate + micro)
             with accelerator.no_sync(self.model) if micro + 1 < recipe.accumulate else nullcontext():
                 with accelerator.autocast():
                     losses = loss_fn(self.model, batch)
@@ -232,7 +353,7 @@ class _Session:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update_parameters(self.bare)
-        return {**mean, **logged}
+        return {**mean, **logged, **aside}
 
 
 def _plain(value: Any) -> Any:
@@ -248,6 +369,7 @@ def fit(
     name: str,
     record: Record | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    auxiliaries: Mapping[str, Auxiliary] | None = None,
     on_step: Callable[[int, dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> Fitted:
@@ -258,11 +380,12 @@ def fit(
     batch_fn(generator) draws one micro-batch with the generator given (CPU) and nothing else; or batch_fn[i] is the
     i-th micro-batch (epochs over a fixed set), and must depend on i alone.
     `optimizer` defaults to `adamw`; the schedule scales each group's "initial_lr" (a float or a tensor).
+    auxiliaries: by name, networks trained in place beside `model` (see Auxiliary), each before every main step.
 
     Raises NonFiniteError (step, value, last good checkpoint), CheckpointError (disk full; another recipe or model).
     """
     folder = record.checkpoints(name) if record else None
-    session = _Session(model, optimizer, recipe)
+    session = _Session(model, optimizer, recipe, auxiliaries or {})
     history: list[dict[str, Any]] = []
     resumed_from = None
     last_good = "there is no checkpoint yet"
