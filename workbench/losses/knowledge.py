@@ -59,3 +59,18 @@ def feature_kd(regressed: Tensor, teacher: Tensor, *, normalise: bool = True, ma
     FitNets (Romero et al. 2015, eq. 3), on normalised states unless told otherwise. No gradient reaches the teacher.
     """
     return state_distance(regressed, teacher.detach(), normalise=normalise, mask=mask)
+
+
+def correlation_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of two batches of states (B, N, D), each feature of each position standardised over B.
+
+    It is 2 (1 - correlation), averaged: 0 when y follows x from example to example, 2 when they have nothing in common.
+    Neither shrinking nor answering every example alike brings it down, which a distance of single states allows.
+    Gradients reach both; detach what is fixed. Raises WorkbenchError: other shapes, or a batch of fewer than 2.
+    """
+    if x.shape != y.shape or len(x) < 2:
+        raise WorkbenchError(
+            f"two batches of equal shape, of 2 or more, are compared: {tuple(x.shape)}, {tuple(y.shape)}"
+        )
+    standard = [(z - z.mean(0)) * torch.rsqrt(z.var(0, unbiased=False) + 1e-5) for z in (x.float(), y.float())]
+    return (standard[0] - standard[1]).square().mean()

@@ -1,0 +1,147 @@
+"""What a Talking Models run can be told (parameters, presets, arms) and what it is judged by (claims)."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from workbench.config import Param, config
+from workbench.evaluation.claims import Claim
+
+TITLE = "Talking Models: Distill Pre-trained Knowledge to Downstream Models via Interactive Communication"
+AUTHORS = "Zhe Zhao, Qingyun Liu, Huan Gui, Bang An, Lichan Hong, Ed H. Chi"
+ARXIV = "2310.03188"
+ABOUT = (
+    "Teacher and student each learn to put their hidden states into messages and to read any message back. The student "
+    "asks about the downstream input, the teacher thinks with its pre-trained layers and replies."
+)
+NOTEBOOK = "06_talking_models.ipynb"
+
+TaskName = Literal["ratings", "vision"]
+Arm = Literal[
+    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "no SC", "2 rounds", "3 rounds",
+    "random teacher", "adapting teacher",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one arm does: which knowledge it takes from the teacher, with which weights and which teacher."""
+
+    method: Literal["alone", "logits", "probe", "features", "messages"]
+    kd: float = 0.0  # weight of logit or feature distillation
+    w1: float = 0.0  # of L_interact
+    w2: float = 0.0  # of L_MC
+    w3: float = 0.0  # of L_SC
+    rounds: int = 1
+    two_way: bool = True  # False: the teacher replies from its own reading of x; nobody asks
+    frozen: bool = True
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Loss weights of a task, chosen on tuning seeds (100 and up) at the preset's gap, one small grid an arm."""
+
+    logits: float
+    probe: float
+    features: float
+    one_way: tuple[float, float, float]
+    two_way: tuple[float, float, float]
+
+
+TUNED: dict[str, Tuned] = {
+    "ratings": Tuned(logits=1.0, probe=1.0, features=1.0, one_way=(1.0, 0.1, 0.1), two_way=(1.0, 0.1, 0.1)),
+    "vision": Tuned(logits=1.0, probe=1.0, features=1.0, one_way=(1.0, 0.1, 0.1), two_way=(1.0, 0.1, 0.1)),
+}
+
+
+@config
+class Config:
+    """Everything a run depends on besides its seed."""
+
+    tasks: Annotated[tuple[TaskName, ...], Param("downstream tasks", min_length=1)] = ("ratings", "vision")
+    arms: Annotated[tuple[Arm, ...], Param("which students to train", min_length=1)] = ("alone", "logit KD", "two-way")
+    seeds: Annotated[int, Param("students of each arm, seeds counted from the run's seed", ge=1)] = 1
+    gap: Annotated[float, Param("distance of the downstream task from the teacher's (0: none, 1: far)", ge=0, le=1)] = (
+        0.5
+    )
+    gaps: Annotated[tuple[float, ...], Param("further places of the dial, for the arms in gap_arms")] = ()
+    gap_arms: Annotated[tuple[Arm, ...], Param("arms that are trained at every place of the dial")] = (
+        "alone",
+        "logit KD",
+        "two-way",
+    )
+    teacher: Annotated[str, Param('"small" (trained here), or a ViT or BERT classifier by Hub id or folder')] = "small"
+    teacher_width: Annotated[int, Param("width of a small teacher", ge=16, multiple_of=16)] = 64
+    teacher_layers: Annotated[int, Param("its layers", ge=2)] = 3
+    teacher_low: Annotated[int, Param("l_T: layers before the teacher's lower state", ge=0)] = 1
+    teacher_high: Annotated[int, Param("h_T: layers before its higher state", ge=1)] = 3
+    teacher_steps: Annotated[int, Param("optimiser steps of a small teacher", unit="steps", ge=1)] = 400
+    student_width: Annotated[int, Param("width of the student", ge=16, multiple_of=16)] = 16
+    student_layers: Annotated[int, Param("its layers", ge=1)] = 2
+    student_low: Annotated[int, Param("l_S: layers before the student's lower state", ge=0)] = 1
+    student_high: Annotated[int, Param("h_S: layers before its higher state", ge=1)] = 2
+    message: Annotated[int, Param("k: width of a message", ge=1)] = 32
+    voice: Annotated[int, Param("hidden width of encoders and decoders", ge=1)] = 64
+    rounds: Annotated[int, Param("N: rounds of the arms that do not fix them", ge=1, le=8)] = 1
+    w1: Annotated[float | None, Param("weight of L_interact (none: as tuned)", ge=0)] = None
+    w2: Annotated[float | None, Param("weight of L_MC (none: as tuned)", ge=0)] = None
+    w3: Annotated[float | None, Param("weight of L_SC (none: as tuned)", ge=0)] = None
+    kd: Annotated[float | None, Param("weight of logit and feature distillation (none: as tuned)", ge=0)] = None
+    temperature: Annotated[float, Param("of logit distillation (classes only)", gt=0)] = 4.0
+    stop: Annotated[Literal["none", "reply", "student"], Param("side of L_interact that gets no gradient")] = "none"
+    distance: Annotated[
+        Literal["correlation", "layer norm"], Param("d: over the batch, or of every state by itself")
+    ] = "correlation"
+    mc_high: Annotated[bool, Param("L_MC also between the higher states' messages")] = False
+    teacher_rate: Annotated[float, Param("an adapting teacher's learning rate, as a share of the student's", gt=0)] = (
+        0.1
+    )
+    steps: Annotated[int, Param("optimiser steps of a student", unit="steps", ge=1)] = 200
+    batch: Annotated[int, Param("examples a step", unit="examples", ge=2)] = 48
+    lr: Annotated[float, Param("peak learning rate (AdamW, cosine)", gt=0)] = 3e-3
+    decay: Annotated[float, Param("weight decay", ge=0)] = 0.1
+    precision: Annotated[Literal["no", "bf16", "fp16"], Param("mixed precision")] = "no"
+    save_every: Annotated[int | None, Param("steps between checkpoints", unit="steps", ge=1)] = None
+    data: Annotated[str, Param('"built-in", or own ratings or pictures by folder or Hub id (one task only)')] = (
+        "built-in"
+    )
+    genre: Annotated[str, Param("downstream genre of own ratings (empty: the most rated)")] = ""
+    image_column: Annotated[str, Param("column of own pictures")] = "image"
+    label_column: Annotated[str, Param("column of their classes")] = "label"
+    image_size: Annotated[int, Param("side of own pictures", unit="px", ge=8)] = 32
+    patch: Annotated[int, Param("patch side of small models", unit="px", ge=1)] = 4
+    labelled: Annotated[int, Param("own pictures the student learns from (0: all)", unit="images", ge=0)] = 0
+    workers: Annotated[int, Param("students trained at the same time (0: one a core)", ge=0)] = 0
+
+    def setup(self, task: str, arm: str) -> Setup:
+        """What an arm does on a task: the tuned weights, unless this config names others."""
+        tuned = TUNED[task]
+
+        def given(own: float | None, usual: float) -> float:
+            return usual if own is None else own
+
+        def talk(weights: tuple[float, float, float], two_way: bool = True) -> Setup:
+            w1, w2, w3 = (given(o, u) for o, u in zip((self.w1, self.w2, self.w3), weights, strict=True))
+            return Setup("messages", w1=w1, w2=w2, w3=w3, rounds=self.rounds if two_way else 1, two_way=two_way)
+
+        full = talk(tuned.two_way)
+        return {
+            "alone": Setup("alone"),
+            "logit KD": Setup("logits", kd=given(self.kd, tuned.logits)),
+            "probe KD": Setup("probe", kd=given(self.kd, tuned.probe)),
+            "feature KD": Setup("features", kd=given(self.kd, tuned.features)),
+            "one-way": talk(tuned.one_way, two_way=False),
+            "two-way": full,
+            "no MC": replace(full, w2=0.0),
+            "no SC": replace(full, w3=0.0),
+            "2 rounds": replace(full, rounds=2),
+            "3 rounds": replace(full, rounds=3),
+            "random teacher": replace(full, random=True),
+            "adapting teacher": replace(full, frozen=False),
+        }[arm]
+
+
+PRESETS = {
+    "quick": Config(arms=("alone", "logit KD", "one-way", "two-way", "no MC")),
+}
+CLAIMS: tuple[Claim, ...] = ()
