@@ -60,14 +60,14 @@ class Split:
 
 
 def _long_tail(rng: np.random.Generator, users: int, items: int) -> tuple[np.ndarray, np.ndarray]:
-    activity = rng.lognormal(0.0, 0.8, users)
-    popularity = 1.0 / np.arange(1, items + 1) ** 0.8
+    activity = rng.lognormal(0.0, 1.1, users)
+    popularity = 1.0 / np.arange(1, items + 1) ** 0.9
     return activity / activity.sum(), rng.permutation(popularity / popularity.sum())
 
 
 def world(
-    *, gap: float = 0.0, seed: int = 0, users: int = 200, per_genre: int = 40, genres: int = 6, pretrain: int = 10_000,
-    train: int = 900, held_out: int = 1200,
+    *, gap: float = 0.0, seed: int = 0, users: int = 300, per_genre: int = 40, genres: int = 6, pretrain: int = 12_000,
+    train: int = 1000, held_out: int = 800,
 ) -> Split:  # fmt: skip
     """The procedural world at one place of the dial. The first genre is the downstream one.
 

@@ -61,6 +61,7 @@ class Exchange:
     b_S: Tensor
     a_T: Tensor  # the teacher's own reading of the input
     b_T: Tensor
+    words: dict[str, Tensor] = field(default_factory=dict)  # each of the four states in its own model's words
     questions: list[Tensor] = field(default_factory=list)
     replies: list[Tensor] = field(default_factory=list)
     heard: list[Tensor] = field(default_factory=list)  # b'_S, the replies in the student's own space
@@ -114,17 +115,19 @@ class Pupil(nn.Module):
         S, T, voice_S, voice_T = self.student, self.teacher, self.voice_S, self.voice_T
         a_S = S.low(inputs)
         said = Exchange(a_S, S.mid(a_S), *self.read(inputs))
-        state = a_S
+        for name, voice in (("a_S", voice_S), ("b_S", voice_S), ("a_T", voice_T), ("b_T", voice_T)):
+            said.words[name] = voice.encode(getattr(said, name))
+        question = said.words["a_S"]
         for _ in range(self.setup.rounds):
             if self.setup.two_way:
-                said.questions.append(voice_S.encode(state))
+                said.questions.append(question)
                 # gradients pass THROUGH the frozen layers to Dec_T, Enc_S and the student: the question is learnt
-                thought = T.mid(voice_T.decode(said.questions[-1], said.a_T.shape[1]))
+                said.replies.append(voice_T.encode(T.mid(voice_T.decode(question, said.a_T.shape[1]))))
             else:
-                thought = said.b_T
-            said.replies.append(voice_T.encode(thought))
+                said.replies.append(said.words["b_T"])
             said.heard.append(voice_S.decode(said.replies[-1], a_S.shape[1]))
-            state = said.heard[-1]
+            if len(said.heard) < self.setup.rounds:
+                question = voice_S.encode(said.heard[-1])
         return said
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
@@ -139,19 +142,17 @@ class Pupil(nn.Module):
 
     def message_consistency(self, said: Exchange) -> Tensor:
         """L_MC = d(Enc_S(a_S), Enc_T(a_T)): both models word one input alike (the higher states too: mc_high)."""
-        pairs = [(said.a_S, said.a_T), *([(said.b_S, said.b_T)] if self.config.mc_high else [])]
         distances = []
-        for ours, theirs in pairs:
-            message = resize_tokens(self.voice_T.encode(theirs), ours.shape[1])
-            distances.append(self.distance(self.voice_S.encode(ours), message))
+        for ours, theirs in [("a_S", "a_T"), *([("b_S", "b_T")] if self.config.mc_high else [])]:
+            mine = said.words[ours]
+            distances.append(self.distance(mine, resize_tokens(said.words[theirs], mine.shape[1])))
         return torch.stack(distances).mean()
 
     def state_consistency(self, said: Exchange) -> Tensor:
         """L_SC = sum over both models of d(s, Dec(Enc(s))), the mean over s = a, b."""
         errors = [
-            relative_error(state, voice.decode(voice.encode(state)))
-            for voice, states in ((self.voice_S, (said.a_S, said.b_S)), (self.voice_T, (said.a_T, said.b_T)))
-            for state in states
+            relative_error(getattr(said, name), (self.voice_S if name.endswith("S") else self.voice_T).decode(message))
+            for name, message in said.words.items()
         ]
         return torch.stack(errors).sum() / 2
 

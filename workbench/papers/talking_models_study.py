@@ -1,12 +1,10 @@
 """Talking Models' experiments: one student an arm, task, place of the dial and seed; what is measured of each."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.losses.knowledge import state_distance
@@ -111,7 +109,7 @@ def message_measures(pupil: Pupil, task: Task, limit: int = 512) -> dict[str, fl
     device = next(pupil.parameters()).device
     inputs, target = task.test.take(torch.arange(min(limit, len(task.test))))
     said = pupil.talk({k: v.to(device) for k, v in inputs.items()})
-    ours, theirs = pupil.voice_S.encode(said.a_S), pupil.voice_T.encode(said.a_T)
+    ours, theirs = said.words["a_S"], said.words["a_T"]
     flat = ours.flatten(0, 1).cpu()
     y = target if task.labels else (target > target.median()).long()
     x, half = ours.flatten(1).cpu().numpy(), len(target) // 2
@@ -189,17 +187,18 @@ def run_study(config: Config, record: Record, seed: int) -> Known:
                 record.write("student", task=job.task, gap=job.gap, arm=key[2], seed=job.seed, measures=found,
                              variant=f"{job.task}: {key[2]}, gap {job.gap:g}")  # fmt: skip
 
-    teachers = {(j.task, j.gap, j.seed): j for j in jobs if (j.task, j.gap, "teacher", j.seed) not in known}
-    # one process a teacher: the dial's places share it
-    first = [j for j in teachers.values() if j.gap == config.gap]
-    first = [Job(j.config, j.task, "alone", j.seed, j.gap, j.folder) for j in first]
-    others = [Job(j.config, j.task, "alone", j.seed, j.gap, j.folder) for j in teachers.values() if j.gap != config.gap]
-    for group, text in ((first, "teachers"), (others, "teachers at other places")):
-        store(
-            group, map_jobs(measure_teacher, group, workers=config.workers or None, record=record, text=text), "teacher"
-        )
+    teachers = {
+        (j.task, j.gap, j.seed): replace(j, arm="alone")
+        for j in jobs
+        if (j.task, j.gap, "teacher", j.seed) not in known
+    }
+    # one process a teacher, before the places of the dial that share it
+    main, others = ([t for t in teachers.values() if (t.gap == config.gap) == first] for first in (True, False))
+    workers = config.workers or None
+    for group, text in ((main, "teachers"), (others, "teachers at other places of the dial")):
+        store(group, map_jobs(measure_teacher, group, workers=workers, record=record, text=text), "teacher")
     todo = [j for j in jobs if (j.task, j.gap, j.arm, j.seed) not in known]
-    store(todo, map_jobs(measure_student, todo, workers=config.workers or None, record=record, text="students"))
+    store(todo, map_jobs(measure_student, todo, workers=workers, record=record, text="students"))
     for s in seeds:
         for measure, value in claim_values(known, config, s).items():
             record.result(measure, value, seed=s)
@@ -208,13 +207,36 @@ def run_study(config: Config, record: Record, seed: int) -> Known:
 
 def claim_values(known: Known, config: Config, seed: int) -> dict[str, float]:
     """The measures of CLAIMS that one seed's students allow, by name. Gains are errors saved: above 0 is better."""
-    return {}
+    out: dict[str, float] = {}
+    for task in config.tasks:
+        pairs = {
+            "kd_gain": ("logit KD", "alone"), "talk_gain": ("two-way", "alone"), "over_kd": ("two-way", "logit KD"),
+            "over_hint": ("two-way", "feature KD"), "question": ("two-way", "one-way"),
+            "knowledge": ("two-way", "random teacher"), "second_round": ("2 rounds", "two-way"),
+        }  # fmt: skip
+        for name, (better, worse) in pairs.items():
+            found = gain(known, task, config.gap, seed, better, worse)
+            if found is not None:
+                out[f"{name}_{task}"] = found
+        own, without = (known.get((task, config.gap, arm, seed)) for arm in ("two-way", "no MC"))
+        if own and without:
+            out[f"consistency_{task}"] = without["mc"] / own["mc"]
+        if adapted := known.get((task, config.gap, "adapting teacher", seed)):
+            if "teacher after" in adapted:
+                out[f"forgetting_{task}"] = adapted["teacher after"] - adapted["teacher before"]
+        near, far = min(at_gaps(config)), max(at_gaps(config))
+        ends = [gain(known, task, at, seed, "two-way", "logit KD") for at in (near, far)]
+        if near < far and ends[0] is not None and ends[1] is not None:
+            out[f"gap_{task}"] = ends[1] - ends[0]
+    return out
 
 
-def gain(known: Known, task: str, gap: float, seed: int, better: str, worse: str) -> float:
-    """Error of arm `worse` minus error of arm `better`."""
-    return known[task, gap, worse, seed]["error"] - known[task, gap, better, seed]["error"]
+def gain(known: Known, task: str, gap: float, seed: int, better: str, worse: str) -> float | None:
+    """Error of arm `worse` minus error of arm `better`, the same seed; None where one of them was not trained."""
+    first, second = (known.get((task, gap, arm, seed)) for arm in (better, worse))
+    return second["error"] - first["error"] if first and second else None
 
 
-__all__ = ["Job", "Known", "build_pupil", "claim_values", "gain", "load_job", "run_study", "train_student"]
-_ = Mapping, Tensor
+def seeds_of(known: Known) -> list[int]:
+    """The seeds of a study, in order."""
+    return sorted({seed for *_, seed in known})

@@ -18,6 +18,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )  # fmt: skip
+from transformers.utils import logging as transformers_logging
 
 from workbench.data import ratings, shifted_digits
 from workbench.data.pictures import Pictures
@@ -29,6 +30,8 @@ from workbench.papers.talking_models import predict, prediction_error
 from workbench.papers.talking_models_settings import Config
 from workbench.training.loop import Recipe, fit
 from workbench.training.record import Record
+
+transformers_logging.disable_progress_bar()  # a bar for every small model would drown the notebook
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
