@@ -48,9 +48,13 @@ class Tuned:
     two_way: tuple[float, float, float]
 
 
+# Validation errors of tuning seed 100 at 160 steps. Ratings (stars RMSE, gap .5; alone 1.010): logit KD .928 .920 at
+# weights 1 3, feature KD .956 .959; two-way .952 .942 at w2 = .1 1 with w1 = w3 = .1 (.941 at 1 1 1 and L_MC on both
+# depths), one-way .946 .940. Vision (error rate, gap .35; alone .41): logit KD .612 .408 at 1 .3, probe KD .392 .380,
+# feature KD .404 at .3; two-way .392 .428 at w2 = .1 1, one-way .424 at 1. Ratings' probe was not tuned by itself.
 TUNED: dict[str, Tuned] = {
-    "ratings": Tuned(logits=1.0, probe=1.0, features=1.0, one_way=(1.0, 0.1, 0.1), two_way=(1.0, 0.1, 0.1)),
-    "vision": Tuned(logits=1.0, probe=1.0, features=1.0, one_way=(1.0, 0.1, 0.1), two_way=(1.0, 0.1, 0.1)),
+    "ratings": Tuned(logits=3.0, probe=3.0, features=1.0, one_way=(0.1, 1.0, 0.1), two_way=(0.1, 1.0, 0.1)),
+    "vision": Tuned(logits=0.3, probe=0.3, features=0.3, one_way=(0.1, 0.1, 0.1), two_way=(0.1, 0.1, 0.1)),
 }
 
 
@@ -62,7 +66,7 @@ class Config:
     arms: Annotated[tuple[Arm, ...], Param("which students to train", min_length=1)] = ("alone", "logit KD", "two-way")
     seeds: Annotated[int, Param("students of each arm, seeds counted from the run's seed", ge=1)] = 1
     gap: Annotated[float, Param("distance of the downstream task from the teacher's (0: none, 1: far)", ge=0, le=1)] = (
-        0.5
+        0.4
     )
     gaps: Annotated[tuple[float, ...], Param("further places of the dial, for the arms in gap_arms")] = ()
     gap_arms: Annotated[tuple[Arm, ...], Param("arms that are trained at every place of the dial")] = (
@@ -96,7 +100,7 @@ class Config:
     teacher_rate: Annotated[float, Param("an adapting teacher's learning rate, as a share of the student's", gt=0)] = (
         0.1
     )
-    steps: Annotated[int, Param("optimiser steps of a student", unit="steps", ge=1)] = 200
+    steps: Annotated[int, Param("optimiser steps of a student", unit="steps", ge=1)] = 120
     batch: Annotated[int, Param("examples a step", unit="examples", ge=2)] = 48
     lr: Annotated[float, Param("peak learning rate (AdamW, cosine)", gt=0)] = 3e-3
     decay: Annotated[float, Param("weight decay", ge=0)] = 0.1
@@ -142,8 +146,7 @@ class Config:
 
 
 _ALL: tuple[Arm, ...] = (
-    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "no SC", "2 rounds", "random teacher",
-    "adapting teacher",
+    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "2 rounds", "random teacher", "adapting teacher",
 )  # fmt: skip
 _FULL_VISION: dict[str, Any] = {
     "tasks": ("vision",), "teacher": "google/vit-base-patch16-224-in21k", "data": "uoft-cs/cifar10",
@@ -179,12 +182,17 @@ def _claim(
 
 _TASKS = ("ratings", "vision")
 _FIRST = "the full method comes first"
+# Margins were set before any judging seed. Tuning seed 101 at the desk preset's settings (100 at its tuning above) gave,
+# ratings then vision: kd_gain .067, -.027; talk_gain .035, .056; over_kd -.032, .083; knowledge .000, .056 (100: .018,
+# -.013). No seed of ours decided question, over_hint and gap, so that their margin is 0, the sign of the paper's
+# statement; consistency's 1.5 comes from the tiny study in the tests (seeds 100 to 102).
 CLAIMS: tuple[Claim, ...] = (
-    *(_claim("kd_gain", "Logit distillation beats the student alone: error saved", t, ">=", 0.0, figure="KD helps")
-      for t in _TASKS),
-    *(_claim("talk_gain", "Two-way communication beats the student alone: error saved", t, ">=", 0.0, figure=_FIRST)
-      for t in _TASKS),
+    *(_claim("kd_gain", "Logit distillation beats the student alone: error saved", t, ">=", m, figure="KD helps")
+      for t, m in zip(_TASKS, (0.02, 0.0), strict=True)),
+    *(_claim("talk_gain", "Two-way communication beats the student alone: error saved", t, ">=", m, figure=_FIRST)
+      for t, m in zip(_TASKS, (0.01, 0.02), strict=True)),
     *(_claim("over_kd", "and logit distillation", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
+    *(_claim("over_hint", "and feature distillation", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
     *(_claim("question", "The question matters: error saved over one-way messages", t, ">=", 0.0, figure=_FIRST)
       for t in _TASKS),
     *(_claim("knowledge", "What helps is the teacher's knowledge: error saved over a random teacher", t, ">=", 0.0,

@@ -110,7 +110,7 @@ def message_measures(pupil: Pupil, task: Task, limit: int = 512) -> dict[str, fl
     inputs, target = task.test.take(torch.arange(min(limit, len(task.test))))
     said = pupil.talk({k: v.to(device) for k, v in inputs.items()})
     ours, theirs = said.words["a_S"], said.words["a_T"]
-    flat = ours.flatten(0, 1).cpu()
+    flat = (ours - ours.mean(0)).flatten(0, 1).cpu()  # what differs from input to input, not from place to place
     y = target if task.labels else (target > target.median()).long()
     x, half = ours.flatten(1).cpu().numpy(), len(target) // 2
     reader = LogisticRegression(C=0.1, max_iter=300).fit(x[:half], y[:half])
@@ -164,19 +164,23 @@ def measure_teacher(job: Job) -> dict[str, Any]:
 Known = dict[tuple[str, float, str, int], dict[str, Any]]  # (task, gap, arm, seed) -> measures
 
 
-def run_study(config: Config, record: Record, seed: int) -> Known:
-    """Every student of the run, measured once; one result a seed for each claim that the arms allow.
-
-    The teacher's own measures are stored as the arm "teacher". Seeds are seed * 10 and up.
-    """
-    seeds = [10 * seed + i for i in range(config.seeds)]
-    jobs = [
-        Job(config, task, arm, s, gap, record.folder)
-        for s in seeds
+def jobs_of(config: Config, folder: Path, seed: int) -> list[Job]:
+    """Every student of a run: all arms at the main place of the dial, gap_arms at the others; seeds from 10 seed up."""
+    return [
+        Job(config, task, arm, s, gap, folder)
+        for s in range(10 * seed, 10 * seed + config.seeds)
         for task in config.tasks
         for gap in at_gaps(config)
         for arm in (config.arms if gap == config.gap else config.gap_arms)
     ]
+
+
+def run_study(config: Config, record: Record, seed: int) -> Known:
+    """Every student of the run, measured once; one result a seed for each claim that the arms allow.
+
+    The teacher's own measures are stored as the arm "teacher". A student measured before is not trained again.
+    """
+    jobs = jobs_of(config, record.folder, seed)
     known: Known = {(r["task"], r["gap"], r["arm"], r["seed"]): r["measures"] for r in record.records("student")}
 
     def store(done: list[Job], measures: list[dict[str, Any]], arm: str | None = None) -> None:
@@ -199,7 +203,7 @@ def run_study(config: Config, record: Record, seed: int) -> Known:
         store(group, map_jobs(measure_teacher, group, workers=workers, record=record, text=text), "teacher")
     todo = [j for j in jobs if (j.task, j.gap, j.arm, j.seed) not in known]
     store(todo, map_jobs(measure_student, todo, workers=workers, record=record, text="students"))
-    for s in seeds:
+    for s in sorted({job.seed for job in jobs}):
         for measure, value in claim_values(known, config, s).items():
             record.result(measure, value, seed=s)
     return known
