@@ -111,7 +111,13 @@ def write(folder, rows, form="jsonl"):
     return str(folder)
 
 
-TINY = {"arms": ["alone", "two-way", "feature KD"], "steps": 3, "teacher_steps": 3, "batch": 8, "workers": 1}
+TINY = {
+    "arms": ["alone", "two-way", "feature KD"],
+    "steps": 3,
+    "teacher_steps": 3,
+    "batch": 8,
+    "workers": 1,
+}
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -245,7 +251,9 @@ def test_bad_pictures_and_teachers_are_one_line(tmp_path):
     vit = small_vit(tmp_path / "vit", ["cat", "dog"], side=24)
 
     def load(**changes):
-        config = check("talking_models", "quick", 0, {"tasks": ["vision"], "data": path, "image_size": 16} | changes)
+        config = check(
+            "talking_models", "quick", 0, {"tasks": ["vision"], "data": path, "image_size": 16, "gaps": []} | changes
+        )
         return tasks.load_teacher(config, tasks.load_task(config, "vision", 0), 0, tmp_path)
 
     with pytest.raises(WorkbenchError, match="image_size=24"):
@@ -254,8 +262,8 @@ def test_bad_pictures_and_teachers_are_one_line(tmp_path):
         load(teacher=small_bert(tmp_path / "bert", ["a", "b"]))
     with pytest.raises(WorkbenchError, match="serve one task"):
         tasks.load_task(check("talking_models", "quick", 0, {"data": path}), "vision", 0)
-    with pytest.raises(WorkbenchError, match="one place of the dial"):
-        load(gaps=[0.0])
+    own = check("talking_models", "quick", 0, {"tasks": ["vision"], "data": path})
+    assert own.gaps and tasks.at_gaps(own) == [own.gap]  # own data have no dial
 
 
 # --- the full presets -------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def digits(gap: float, seed: int = 0, count: int = 12) -> go.Figure:
     """Downstream pictures at one place of the dial, below the teacher's own upright ones."""
     split = shifted_digits.load(gap=gap, seed=seed)
     pictures = torch.cat([split.pretrain.pixels[:count], split.test.pixels[:count]])
-    title = f"above: the teacher's digits; below: downstream, gap {gap:g} ({90 * gap:.0f} degrees)"
+    title = f"above: the teacher's digits<br>below: downstream, gap {gap:g} ({90 * gap:.0f} degrees)"
     return figures.image_grid((pictures + 1) / 2, columns=count, title=title, scale=6)
 
 

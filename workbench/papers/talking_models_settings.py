@@ -146,7 +146,8 @@ class Config:
 
 
 _ALL: tuple[Arm, ...] = (
-    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "2 rounds", "random teacher", "adapting teacher",
+    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "2 rounds", "random teacher",
+    "adapting teacher",
 )  # fmt: skip
 _FULL_VISION: dict[str, Any] = {
     "tasks": ("vision",), "teacher": "google/vit-base-patch16-224-in21k", "data": "uoft-cs/cifar10",
@@ -156,7 +157,9 @@ _FULL_VISION: dict[str, Any] = {
     "arms": ("alone", "probe KD", "feature KD", "one-way", "two-way", "no MC", "no SC", "2 rounds", "random teacher"),
 }  # fmt: skip
 PRESETS = {
-    "quick": Config(arms=("alone", "logit KD", "one-way", "two-way", "no MC"), steps=60, teacher_steps=150),
+    "quick": Config(
+        arms=("alone", "logit KD", "one-way", "two-way", "no MC"), steps=60, teacher_steps=150, gaps=(1.0,)
+    ),
     "desk": Config(arms=_ALL, seeds=4, gaps=(0.0, 1.0)),
     "full": Config(**_FULL_VISION),
     # MovieLens may not be passed on: give -p data=FOLDER, the unpacked ml-100k
@@ -182,8 +185,8 @@ def _claim(
 
 _TASKS = ("ratings", "vision")
 _FIRST = "the full method comes first"
-# Margins were set before any judging seed. Tuning seed 101 at the desk preset's settings (100 at its tuning above) gave,
-# ratings then vision: kd_gain .067, -.027; talk_gain .035, .056; over_kd -.032, .083; knowledge .000, .056 (100: .018,
+# Margins were set before any judging seed. Tuning seed 101 at the desk preset's settings gave, ratings then vision:
+# kd_gain .067, -.027; talk_gain .035, .056; over_kd -.032, .083; knowledge .000, .056 (100: .018,
 # -.013). No seed of ours decided question, over_hint and gap, so that their margin is 0, the sign of the paper's
 # statement; consistency's 1.5 comes from the tiny study in the tests (seeds 100 to 102).
 CLAIMS: tuple[Claim, ...] = (
@@ -191,8 +194,8 @@ CLAIMS: tuple[Claim, ...] = (
       for t, m in zip(_TASKS, (0.02, 0.0), strict=True)),
     *(_claim("talk_gain", "Two-way communication beats the student alone: error saved", t, ">=", m, figure=_FIRST)
       for t, m in zip(_TASKS, (0.01, 0.02), strict=True)),
-    *(_claim("over_kd", "and logit distillation", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
-    *(_claim("over_hint", "and feature distillation", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
+    *(_claim("over_kd", "It beats logit distillation: error saved", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
+    *(_claim("over_hint", "It beats feature distillation: error saved", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
     *(_claim("question", "The question matters: error saved over one-way messages", t, ">=", 0.0, figure=_FIRST)
       for t in _TASKS),
     *(_claim("knowledge", "What helps is the teacher's knowledge: error saved over a random teacher", t, ">=", 0.0,

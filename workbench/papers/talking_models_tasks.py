@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,8 +87,6 @@ def load_task(config: Config, name: str, seed: int, gap: float | None = None) ->
     gap = config.gap if gap is None else gap
     if len(config.tasks) > 1 and (config.data != "built-in" or config.teacher != "small"):
         raise WorkbenchError("own data or an own teacher serve one task: say -p tasks=[ratings] or -p tasks=[vision]")
-    if config.data != "built-in" and config.gaps:
-        raise WorkbenchError("own data lie at one place of the dial: say -p gaps=[]")
     return (_ratings if name == "ratings" else _vision)(config, seed, gap)
 
 
@@ -315,10 +313,5 @@ def states_of(model: Stages, examples: Examples, limit: int = 5000, which: str =
 
 
 def at_gaps(config: Config) -> Sequence[float]:
-    """Every place of the dial a run visits, the main one first."""
-    return list(dict.fromkeys([config.gap, *config.gaps]))
-
-
-def own_gap(config: Config, gap: float) -> Config:
-    """The config at another place of the dial."""
-    return replace(config, gap=gap)
+    """Every place of the dial a run visits, the main one first; own data lie where they lie, at one place."""
+    return list(dict.fromkeys([config.gap, *(config.gaps if config.data == "built-in" else ())]))
