@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained here on the prose of pip packages, and the text as its tokens, in disjoint parts."""
+"""A byte-level BPE tokenizer trained on the prose of pip packages, and the text as its tokens, in disjoint parts."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
