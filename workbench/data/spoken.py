@@ -221,5 +221,7 @@ def spoken(text: str, language: str) -> str:
     for pattern, rule in _rules(language):
         text = pattern.sub(lambda m, rule=rule: f" {rule(m)} ", text)  # type: ignore[misc]
     text = re.sub(r"[^\w\s']|_", " ", text.replace("\u00ad", "")).lower()
-    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", re.sub(r"(\w)'(?=\s|$)", r"\1’", text))
-    return " ".join(text.replace("’", "'").split())
+    text = re.sub(r"(?<!\w)'([^']*)'(?!\w)", r" \1 ", text)  # quotation marks
+    if language in ("fr", "it"):  # an article that lost its vowel keeps its apostrophe, whatever follows
+        text = re.sub(r"(\w)'(?=\s|$)", r"\1’", text)
+    return " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", text).replace("’", "'").split())
