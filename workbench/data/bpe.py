@@ -74,7 +74,8 @@ def train_bpe(
 @lru_cache(maxsize=2)
 def bpe_text(packages: tuple[str, ...], vocabulary: int, split: int = 0) -> BpeText:
     """The prose of the packages, shuffled by paragraph with `split` and cut into parts; the BPE sees the teacher's."""
-    paragraphs, sources = [], []
+    paragraphs: list[str] = []
+    sources: list[Provenance] = []
     for package in packages:
         found, source = prose(package)
         paragraphs += found

@@ -13,7 +13,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -146,7 +146,7 @@ def _fillers(language: str) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def grammar(language: str) -> Grammar:
     """Everything the package has for a language that can be filled. Raises WorkbenchError for another language."""
     if language not in LANGUAGES:
@@ -303,7 +303,14 @@ def split_templates(languages: Sequence[str], seed: int, *, novel: float = 0.2, 
 
 
 def sample(
-    split: Split, language: str, parts: Sequence[Part], role: str, count: int, seed: int, *, known: set[str] | None = None
+    split: Split,
+    language: str,
+    parts: Sequence[Part],
+    role: str,
+    count: int,
+    seed: int,
+    *,
+    known: set[str] | None = None,
 ) -> list[Utterance]:
     """`count` utterances: an intent uniformly, one of its templates in `parts` uniformly, values of `role`.
 
@@ -337,6 +344,6 @@ def provenance(languages: Sequence[str]) -> tuple[Provenance, ...]:
     return (
         Provenance("spoken commands", PACKAGE, metadata.version(PACKAGE), "Apache-2.0 (templates also CC BY 4.0)",
                    digest, f"{count} sentence templates in {', '.join(languages)}"),
-        Provenance("CLDR names, dates, numbers and units", "babel", metadata.version("babel"), "BSD-3-Clause, Unicode-3.0",
-                   "", "with unicode-rbnf " + metadata.version("unicode-rbnf")),
+        Provenance("CLDR names, dates, numbers and units", "babel", metadata.version("babel"),
+                   "BSD-3-Clause, Unicode-3.0", "", "with unicode-rbnf " + metadata.version("unicode-rbnf")),
     )  # fmt: skip

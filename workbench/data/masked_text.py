@@ -81,17 +81,6 @@ class Sentences:
     def languages(self) -> list[str]:
         return list(self.spoken)
 
-    def rows(self, form: str) -> Tensor:
-        """All sentences of one form, (N, T), in the languages' order."""
-        tables = list(getattr(self, form).values())
-        width = max(t.shape[1] for t in tables)
-        return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=int(_pad_of(t))) for t in tables])
-
-
-def _pad_of(table: Tensor) -> int:
-    """The padding id of an encoded table: what its shortest row ends with (a table of equal rows needs none)."""
-    return int(table[:, -1].mode().values)
-
 
 @dataclass(frozen=True)
 class MaskedBatches:

@@ -7,6 +7,7 @@ Sentences of Django's translation catalogues (real interface prose, BSD-3-Clause
 import datetime
 import hashlib
 import importlib.util
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from babel import Locale, dates, lists, numbers, units
 from babel.messages.mofile import read_mo
 
+from workbench.data.hub import hub_dataset
 from workbench.data.provenance import Provenance
 from workbench.data.text import prose
 from workbench.errors import WorkbenchError
@@ -133,3 +135,29 @@ def language_shares(counts: Sequence[float], alpha: float) -> np.ndarray:
         raise WorkbenchError("a language without text cannot be sampled")
     weights = (n / n.max()) ** alpha
     return weights / weights.sum()
+
+
+def hub_text(data: str, languages: Sequence[str], lines: int) -> PublicText:
+    """`lines` lines a language from a folder with columns text and language, or from a Hub set with one configuration
+    a language (mC4); documents are cut at line ends. Raises WorkbenchError in one line where a language has none."""
+    found: dict[str, list[str]] = {}
+    local = Path(data).is_dir()
+    for language in languages:
+        rows = hub_dataset(
+            data, name=None if local else language, streaming=True, columns=("text", "language")[: 1 + local]
+        )
+        texts = (row["text"] for row in rows if not local or str(row["language"]).split("-")[0] == language)
+        pieces = (" ".join(line.split()) for text in texts for line in str(text).splitlines())
+        found[language] = list(itertools.islice((p for p in pieces if len(p.split()) >= 3), lines))
+        if len(found[language]) < 10:
+            raise WorkbenchError(
+                f"public text {data!r} has {len(found[language])} lines in {language!r}; 10 are needed"
+            )
+    cut = {language: max(1, len(own) // 10) for language, own in found.items()}
+    digest = hashlib.sha256("\n".join(line for own in found.values() for line in own).encode()).hexdigest()
+    note = ", ".join(f"{language} {len(own)} lines" for language, own in found.items())
+    return PublicText(
+        {language: tuple(own[cut[language] :]) for language, own in found.items()},
+        {language: tuple(own[: cut[language]]) for language, own in found.items()},
+        (Provenance("public text", data, "", "see its card", digest, note),),
+    )

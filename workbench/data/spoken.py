@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from babel import Locale, dates, numbers, units
 from unicode_rbnf import FormatPurpose, RbnfEngine
@@ -40,7 +40,7 @@ def _checked(language: str) -> str:
     return language
 
 
-@lru_cache(maxsize=None)
+@cache
 def _engine(language: str) -> RbnfEngine:
     return RbnfEngine.for_language(_checked(language))
 
@@ -60,7 +60,7 @@ def spell(number: int | Decimal, language: str, purpose: str = "cardinal") -> st
     return _plain(texts[name] if purpose == "ordinal" and name else found.text)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _point(language: str) -> str:
     """How the decimal separator is said: the middle word of 3.5."""
     return _engine(language).format_number(3.5).text.split()[1]
@@ -81,7 +81,7 @@ def _value(text: str, language: str) -> Decimal:
     return Decimal(text.replace(group, "").replace("\u00a0", "").replace(decimal, "."))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _number(language: str) -> str:
     decimal, group = map(re.escape, _separators(language))
     return rf"(?<![\w.,])(?:\d{{1,3}}(?:{group}\d{{3}})+|\d+)(?:{decimal}\d+)?(?![\d])"
@@ -142,7 +142,7 @@ def _numeric_date(text: str, language: str) -> tuple[int, int, int]:
     return day, month, year + 2000 if year < 100 else year
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rules(language: str) -> tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...]:
     """What is rewritten, the most special first. Each rule maps a match to words."""
     n, sign = _number(_checked(language)), "".join(map(re.escape, _CURRENCIES))

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaXLConfig, XLMRobertaXLForMaskedLM
+from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
 from workbench.models.hub import load_pretrained
+
+logging.disable_progress_bar()  # one bar a shard of every small encoder would bury the training's own
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def build_encoder(config: Any, seed: int) -> XLMRobertaXLForMaskedLM:
 
 
 def parameter_counts(net: Any) -> dict[str, int]:
-    """"non-embedding": what the paper counts (the layers and their last norm); "total": what is stored and served."""
+    """ "non-embedding": what the paper counts (the layers and their last norm); "total": what is stored and served."""
     base = net.base_model
     inside = sum(p.numel() for p in base.encoder.parameters())
     return {"non-embedding": inside, "total": sum(p.numel() for p in net.parameters())}
@@ -108,12 +111,12 @@ class MaskedEncoder(nn.Module):
         super().__init__()
         self.net, self.hidden = net, hidden
         layers, width = int(net.config.num_hidden_layers), int(net.config.hidden_size)
-        self.projections = nn.ModuleList(
-            nn.Linear(width, teacher_width, bias=False) for _ in range(layers if teacher_width else 0)
-        )
+        self.projections = nn.ModuleList()
+        if teacher_width:
+            self.projections.extend(nn.Linear(width, teacher_width, bias=False) for _ in range(layers))
 
     def forward(self, ids: Tensor, attention: Tensor, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """ids, attention (B, T) int64, chosen (B, T) bool: logits (M, V) of the chosen, states [(M, d), ...] a layer."""
+        """ids, attention (B, T) int64, chosen (B, T) bool: logits (M, V) there, states [(M, d), ...] a layer."""
         out = self.net.base_model(input_ids=ids, attention_mask=attention, output_hidden_states=self.hidden)
         states = [h[chosen] for h in out.hidden_states[1:]] if self.hidden else []
         head = getattr(self.net, "lm_head", None)
