@@ -105,7 +105,7 @@ def test_a_users_utterances(split, tmp_path):
     us = sample(split, "en", ("labelled",), "labelled", 30, 0)
     found = load_utterances(write(tmp_path / "a", rows_of(us[:20], "train") + rows_of(us[20:], "test")), ("en",))
     assert [u.tags for u in found["train"]] == [u.tags for u in us[:20]] and len(found["test"]) == 10
-    bad = [{**r, "annotation": r.pop("annot_utt")} for r in rows_of(us, "train")]
+    bad = [{"annotation": r.pop("annot_utt"), **r} for r in rows_of(us, "train")]
     for folder, rows, languages, line in (
         ("b", bad, ("en",), "has no column 'annot_utt'"),
         ("c", rows_of(us, "train"), ("en",), "no utterance in partition 'test'"),

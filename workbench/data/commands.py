@@ -166,14 +166,16 @@ def grammar(language: str) -> Grammar:
     fillers = _fillers(language)
     templates = []
     for intent, entry in data["intents"].items():
+        seen: set[str] = set()  # a sentence may stand in several blocks: it must not fall into two parts of a split
         for block in entry["data"]:
             domain = (block.get("requires_context") or {}).get("domain") or [""]
             domain = domain if isinstance(domain, str) else domain[0]
-            for i, sentence in enumerate(block["sentences"]):
+            for sentence in block["sentences"]:
                 expression = _parse(sentence)
-                if _fillable(expression, rules, lists, fillers):
-                    digest = hashlib.sha256(sentence.encode()).hexdigest()[:8]
-                    templates.append(Template(f"{intent}/{digest}/{i}", intent, language, expression, domain))
+                if sentence not in seen and _fillable(expression, rules, lists, fillers):
+                    seen.add(sentence)
+                    digest = hashlib.sha256(sentence.encode()).hexdigest()[:12]
+                    templates.append(Template(f"{intent}/{digest}", intent, language, expression, domain))
     return Grammar(language, tuple(templates), rules, lists, fillers)
 
 
@@ -271,20 +273,27 @@ class Split:
     values: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]]
 
 
-def split_templates(languages: Sequence[str], seed: int, *, novel: float = 0.2, labelled: float = 0.4) -> Split:
+def split_templates(
+    languages: Sequence[str], seed: int, *, novel: float = 0.2, labelled: float = 0.4, intents: int = 0, values: int = 0
+) -> Split:
     """Cut each intent's templates in each language: `novel` of them, then `labelled` of the rest, at least one a part.
 
+    intents: keep the so many with most templates in their poorest language (0: all); values: keep so many of each
+    filler list (0: all). Both make the world smaller for encoders that see few sentences.
     Raises WorkbenchError when no intent has enough templates in every language.
     """
-    intents = shared_intents(languages)
-    if not intents:
+    kept, most = shared_intents(languages), values or None
+    if not kept:
         raise WorkbenchError(f"no intent has four templates in each of {', '.join(languages)}")
+    if intents:
+        poorest = {i: min(sum(t.intent == i for t in grammar(x).templates) for x in languages) for i in kept}
+        kept = tuple(sorted(sorted(kept, key=lambda i: -poorest[i])[:intents]))
     rng = np.random.default_rng(seed)
     parts: dict[tuple[str, Part], list[Template]] = {(lang, part): [] for lang in languages for part in PARTS}
-    values: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {}
+    cut: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {}
     for language in languages:
         g = grammar(language)
-        for intent in intents:
+        for intent in kept:
             own = [t for t in g.templates if t.intent == intent]
             order = rng.permutation(len(own))
             new = max(1, round(novel * len(own)))
@@ -294,12 +303,12 @@ def split_templates(languages: Sequence[str], seed: int, *, novel: float = 0.2, 
                 parts[language, part].append(own[i])
         roles: dict[str, dict[str, tuple[str, ...]]] = {"labelled": {}, "pool": {}, "all": {}}
         for name, filler in g.fillers.items():
-            mixed = [filler[i] for i in rng.permutation(len(filler))]
+            mixed = [filler[i] for i in rng.permutation(len(filler))][:most]
             roles["labelled"][name] = tuple(mixed[: max(1, round(0.6 * len(mixed)))])
             roles["pool"][name] = tuple(mixed[: max(2, round(0.8 * len(mixed)))])
             roles["all"][name] = tuple(mixed)
-        values[language] = roles
-    return Split(tuple(languages), intents, {k: tuple(v) for k, v in parts.items()}, values)
+        cut[language] = roles
+    return Split(tuple(languages), kept, {k: tuple(v) for k, v in parts.items()}, cut)
 
 
 def sample(

@@ -220,6 +220,8 @@ def spoken(text: str, language: str) -> str:
     text = unicodedata.normalize("NFC", text).replace("’", "'").replace("\u202f", " ").replace("\u00a0", " ")
     for pattern, rule in _rules(language):
         text = pattern.sub(lambda m, rule=rule: f" {rule(m)} ", text)  # type: ignore[misc]
+    # what no rule read stands within a word or a version number: "IPv4", "2.0.1"
+    text = re.sub(r"\d{1,12}", lambda m: f" {spell(int(m[0]), language)} ", text)
     text = re.sub(r"[^\w\s']|_", " ", text.replace("\u00ad", "")).lower()
     text = re.sub(r"(?<!\w)'([^']*)'(?!\w)", r" \1 ", text)  # quotation marks
     if language in ("fr", "it"):  # an article that lost its vowel keeps its apostrophe, whatever follows

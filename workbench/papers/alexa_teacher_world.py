@@ -22,8 +22,9 @@ from workbench.models.encoders import load_encoder
 from workbench.papers.alexa_teacher_settings import Config
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "[PAD]", "eos_token": "</s>", "mask_token": "[MASK]"}
-# letters of the languages here, and beyond them every byte of two-byte letters: no input is ever lost
-ALPHABET = string.printable + "".join(map(chr, range(0xA1, 0x590))) + "—–’“”„…€"
+# letters of the languages here, and beyond them one letter for every byte that UTF-8 has: no input is ever lost
+ALPHABET = "".join(map(chr, [*map(ord, string.printable), *range(0xA1, 0x801), *range(0x1000, 0x10000, 0x1000),
+                             0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]))  # fmt: skip
 TESTED: tuple[tuple[commands.Part, str], ...] = (("covered", "pool"), ("novel", "all"))  # templates, values
 
 
@@ -63,7 +64,7 @@ def _commands(
     config: Config, seed: int
 ) -> tuple[dict[str, list[Utterance]], list[Utterance], dict[str, list[Utterance]]]:
     """(in-domain pool by language, labelled, tests) from the grammar: templates are split before anything is said."""
-    split = commands.split_templates(config.languages, seed)
+    split = commands.split_templates(config.languages, seed, intents=config.intents, values=config.values)
     sizes = {name: sum(len(split.templates[name, part]) for part in commands.PARTS) for name in config.languages}
     pool: dict[str, list[Utterance]] = {}
     for i, name in enumerate(config.languages):
