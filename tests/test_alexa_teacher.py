@@ -25,7 +25,7 @@ from workbench.papers.alexa_teacher_world import load_world
 from workbench.training.record import Record
 
 CONFIG = paper.Config(
-    languages=("en", "es"), left_out="es", vocabulary=800, pool=400, labels=40, test=20, teacher_size="mini-17M",
+    languages=("en", "es"), left_out="es", vocabulary=800, pool=400, labels=40, test=20, teacher_size="mini-170M",
     intermediate_size="tiny", student_size="tiny", batch=16, stage1_steps=6, stage2_steps=6, student_steps=6,
     tune_steps=6, tune_batch=8, workers=1,
 )  # fmt: skip
@@ -57,7 +57,7 @@ def by_hand(net, batch):
 
 
 def test_the_losses_by_definition(world):
-    student, teacher, batch = encoder(world, spread=0.3), encoder(world, "mini-17M", 1, spread=0.3), batch_of(world)
+    student, teacher, batch = encoder(world, spread=0.3), encoder(world, "mini-170M", 1, spread=0.3), batch_of(world)
     config = override(CONFIG, {"mlm": 0.3, "tau": 2.0})
     losses = paper.pretraining_losses(MaskedEncoder(student), MaskedEncoder(teacher), batch, config)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_losses_by_definition(world):
 
 
 def test_the_gradient_is_the_soft_cross_entropys(world):
-    student, teacher, batch = encoder(world), encoder(world, "mini-17M", 1, spread=0.3), batch_of(world)
+    student, teacher, batch = encoder(world), encoder(world, "mini-170M", 1, spread=0.3), batch_of(world)
     paper.pretraining_losses(MaskedEncoder(student), MaskedEncoder(teacher), batch, override(CONFIG, {"mlm": 0.0}))[
         "loss"
     ].backward()
@@ -103,7 +103,7 @@ def test_hidden_states_are_matched_layer_by_layer_when_asked(world):
         and paper.layer_map(4, 30) == [6, 14, 21, 29]
         and paper.layer_map(3, 3) == [0, 1, 2]
     )
-    student, teacher, batch = encoder(world), encoder(world, "mini-17M", 1), batch_of(world)
+    student, teacher, batch = encoder(world), encoder(world, "mini-170M", 1), batch_of(world)
     s, t = MaskedEncoder(student, hidden=True, teacher_width=32), MaskedEncoder(teacher, hidden=True)
     losses = paper.pretraining_losses(s, t, batch, override(CONFIG, {"hidden": 0.5}))
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_hidden_states_are_matched_layer_by_layer_when_asked(world):
 
 def test_the_teacher_is_in_eval_mode_and_left_as_it_was(world):
     """The classic bug, dropout in the teacher, is a switch here: it changes what the student learns."""
-    teacher = encoder(world, "mini-17M", 1, dropout=0.3).train()
+    teacher = encoder(world, "mini-170M", 1, dropout=0.3).train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     nets = {}
     for mode in ("eval", "eval", "train"):
@@ -205,7 +205,7 @@ def test_a_frozen_encoder_stays_and_an_unfrozen_one_moves(world):
 
 
 def test_distillation_resumes_bit_equal(world, tmp_path):
-    teacher = encoder(world, "mini-17M", 1)
+    teacher = encoder(world, "mini-170M", 1)
 
     class Killed(Exception):
         pass
@@ -317,7 +317,7 @@ def verdicts(config, public, folder, seeds=3):
 
 
 def test_counts_are_taken_twice(world):
-    net = encoder(world, "mini-17M")
+    net = encoder(world, "mini-170M")
     counts = parameter_counts(net)
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32  # attention, feed-forward, two norms
     assert counts["non-embedding"] == 2 * layer + 64

@@ -377,6 +377,9 @@ def claim_values(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
         if all(name in arms and test in arms[name].get(kind, {}) for name in (new, base)):
             out[measure] = relative_change(arms[new][kind][test][score], arms[base][kind][test][score])
 
+    if "stage 2" in arms and "stage 1 continued" in arms:
+        after, before = (arms[name]["nll"]["in-domain"] for name in ("stage 2", "stage 1 continued"))
+        out["indomain_loss"] = after - before
     change("stage2_intent", "stage 2", "stage 1 continued", "intent")
     change("stage2_slots", "stage 2", "stage 1 continued", "slots")
     change("stage2_frozen", "stage 2", "stage 1 continued", kind="frozen")
