@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 
 from workbench.data.commands import PARTS, grammar, sample, shared_intents, split_templates, utter
 from workbench.data.masked_text import MaskedBatches, Sentences, Vocabulary, encode_lines, mask_tokens, masked_batch
@@ -115,6 +116,19 @@ def test_a_users_utterances(split, tmp_path):
         with pytest.raises(WorkbenchError, match=line) as error:
             load_utterances(write(tmp_path / folder, rows), languages)
         assert "\n" not in str(error.value)
+
+
+def test_massives_own_format_has_numbered_intents(tmp_path):
+    """The Hub's parquet stores an intent as a class number; its name is what counts here."""
+    columns = {
+        "locale": ["en-US", "en-US", "de-DE"], "partition": ["train", "test", "train"],
+        "utt": ["wake me", "stop", "halt"],
+        "annot_utt": ["wake me", "stop", "halt"], "intent": [1, 0, 0],
+    }  # fmt: skip
+    features = Features({k: Value("string") for k in columns} | {"intent": ClassLabel(names=["stop", "alarm_set"])})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    found = load_utterances(str(tmp_path), ("en",))
+    assert [u.intent for u in (*found["train"], *found["test"])] == ["alarm_set", "stop"]
 
 
 def test_labels_sit_on_the_first_piece_of_each_word(split, tokenizer):

@@ -68,7 +68,8 @@ def build_encoder(config: Any, seed: int) -> XLMRobertaXLForMaskedLM:
 def parameter_counts(net: Any) -> dict[str, int]:
     """ "non-embedding": what the paper counts (the layers and their last norm); "total": what is stored and served."""
     base = net.base_model
-    inside = sum(p.numel() for p in base.encoder.parameters())
+    tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    inside = sum(p.numel() for p in base.parameters() if id(p) not in tables)
     return {"non-embedding": inside, "total": sum(p.numel() for p in net.parameters())}
 
 
@@ -85,6 +86,11 @@ def load_encoder(id: str) -> tuple[Any, Any]:
     for name in ("mask_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise WorkbenchError(f"model {id!r}: its tokenizer has no {name.replace('_', ' ')}")
+    try:
+        tokenizer([["word"]], is_split_into_words=True)
+    except (AssertionError, ValueError, TypeError):
+        # byte-level tokenizers (RoBERTa's) take words one by one only with a space before the first
+        tokenizer = load_pretrained(AutoTokenizer, id, add_prefix_space=True)
     rows = net.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise WorkbenchError(
@@ -117,12 +123,12 @@ class MaskedEncoder(nn.Module):
 
     def forward(self, ids: Tensor, attention: Tensor, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
         """ids, attention (B, T) int64, chosen (B, T) bool: logits (M, V) there, states [(M, d), ...] a layer."""
-        out = self.net.base_model(input_ids=ids, attention_mask=attention, output_hidden_states=self.hidden)
-        states = [h[chosen] for h in out.hidden_states[1:]] if self.hidden else []
         head = getattr(self.net, "lm_head", None)
-        if head is None:  # a class that names its head otherwise: all logits, then the chosen
-            return self.net(input_ids=ids, attention_mask=attention).logits[chosen], states
-        return head(out.last_hidden_state[chosen]), states
+        # a class that names its head otherwise: all logits, then the chosen
+        part = self.net.base_model if head is not None else self.net
+        out = part(input_ids=ids, attention_mask=attention, output_hidden_states=self.hidden)
+        states = [h[chosen] for h in out.hidden_states[1:]] if self.hidden else []
+        return head(out.last_hidden_state[chosen]) if head is not None else out.logits[chosen], states
 
 
 class IntentSlotModel(nn.Module):
