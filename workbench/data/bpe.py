@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer trained here on the prose of pip packages, and the text as tokens, in disjoint parts."""
+"""A byte-level BPE tokenizer trained on the prose of pip packages, and the text as its tokens, in disjoint parts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,26 +42,32 @@ class BpeText:
         return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def train_bpe(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocabulary` tokens (printable ASCII and newline always among them); [MASK] comes after them.
+def train_bpe(
+    texts: Sequence[str], vocabulary: int, *, special: Mapping[str, str] | None = None, alphabet: str = ALPHABET
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocabulary` tokens, every character of `alphabet` among them; [MASK] comes after them.
 
-    Raises WorkbenchError: no text; a vocabulary smaller than the alphabet, or larger than the text has pairs for.
+    special: transformers' name -> text ("pad_token": "[PAD]", ...) of special tokens that take the first ids instead
+    and count as part of the vocabulary. Raises WorkbenchError: no text; a vocabulary smaller than the alphabet, or
+    larger than the text has pairs for.
     """
     if not any(texts):
         raise WorkbenchError("a tokenizer needs text to be trained on: the data set is empty")
-    if vocabulary < len(ALPHABET):
-        raise WorkbenchError(f"a vocabulary of {vocabulary} cannot hold the alphabet of {len(ALPHABET)} characters")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted({piece for c in ALPHABET for word, _ in level.pre_tokenize_str(c) for piece in word})
+    letters = sorted({piece for c in alphabet for word, _ in level.pre_tokenize_str(c) for piece in word})
+    if vocabulary < len(letters) + len(special or {}):
+        raise WorkbenchError(f"a vocabulary of {vocabulary} cannot hold the alphabet of {len(letters)} characters")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = level, decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=letters, special_tokens=list((special or {}).values()),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != vocabulary:
         raise WorkbenchError(f"the text gives {bpe.get_vocab_size()} tokens, not {vocabulary}: lower the vocabulary")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
-    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.add_special_tokens(dict(special) if special else {"mask_token": "[MASK]"})
     return tokenizer
 
 
@@ -77,7 +83,7 @@ def bpe_text(packages: tuple[str, ...], vocabulary: int, split: int = 0) -> BpeT
     if not paragraphs:
         raise WorkbenchError("no text: name at least one package")
     order = np.random.default_rng(split).permutation(len(paragraphs))
-    total = sum(len(text) for text in paragraphs)
+    total = sum(map(len, paragraphs))
     texts: dict[str, list[str]] = {part: [] for part in SHARES}
     ends = dict(zip(SHARES, np.cumsum(list(SHARES.values())) * total, strict=True))
     so_far = 0
