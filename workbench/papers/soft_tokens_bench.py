@@ -34,11 +34,11 @@ def generation_cost(
     never = Format(lambda t: torch.zeros(len(t), dtype=torch.bool), lambda t: t[:, -1] < 0, (1,), (1,))
     config = Config()
     modes: dict[str, Mode] = {"hard": config.mode("hard"), "soft": config.mode("soft"), "fuzzy": config.mode("fuzzy")}
+    thinks = {name: thinker(model, mode, sigma_of(model, mode.factor)) for name, mode in modes.items()}
     cells = list(itertools.product(modes, (True, False), lengths))
 
     def run(name: str, cached: bool, length: int) -> None:
-        think = thinker(model, modes[name], sigma_of(model, modes[name].factor))
-        rollout(model, ids, mask, think, never, limit=length, answer_limit=1, seed=seed, cached=cached)
+        rollout(model, ids, mask, thinks[name], never, limit=length, answer_limit=1, seed=seed, cached=cached)
 
     best = dict.fromkeys(cells, float("inf"))
     run(*cells[0])  # the first call allocates its work space
