@@ -6,7 +6,7 @@ from types import ModuleType
 
 from workbench.errors import WorkbenchError
 
-PAPERS = ("infinite_compute", "linfusion")
+PAPERS = ("infinite_compute", "linfusion", "cyber_dap")
 
 
 def load(slug: str) -> ModuleType:
