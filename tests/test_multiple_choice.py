@@ -1,4 +1,4 @@
-"""Multiple choice: log-likelihoods against brute force, letters read as the benchmarks do, their files, paired tests."""
+"""Multiple choice: likelihoods against brute force, letters read as the benchmarks do, their files, paired tests."""
 
 import csv
 import json
@@ -48,7 +48,11 @@ def by_hand(model, tokenizer, context, continuation):
 
 
 def test_log_likelihoods_are_the_sum_of_every_tokens(writer):
-    pairs = [("a race", " between threads"), ("", "the fox"), ("the quick brown fox writes past", " the end of a buffer")]
+    pairs = [
+        ("a race", " between threads"),
+        ("", "the fox"),
+        ("the quick brown fox writes past", " the end of a buffer"),
+    ]
     found = mc.log_likelihoods(*writer, pairs, batch=2)
     assert found.tolist() == pytest.approx([by_hand(*writer, *p) for p in pairs], abs=1e-4)
     # padding to a longer neighbour changes nothing, nor does the order
@@ -71,7 +75,9 @@ def test_a_context_too_long_loses_its_beginning_and_nothing_else(writer):
 def test_the_three_scorers_are_the_quantities_they_name(writer):
     model, tokenizer = writer
     item = ITEMS[0]
-    letters, pmi, channel = (f(model, tokenizer, ITEMS) for f in (mc.letter_scores, mc.option_scores, mc.channel_scores))
+    letters, pmi, channel = (
+        f(model, tokenizer, ITEMS) for f in (mc.letter_scores, mc.option_scores, mc.channel_scores)
+    )
     assert letters.shape == pmi.shape == channel.shape == (2, 4)
     for scores in (letters, pmi, channel):
         assert torch.isneginf(scores[1, 2:]).all() and torch.isfinite(scores[1, :2]).all()
@@ -167,7 +173,11 @@ def test_benchmarks_in_their_published_formats(tmp_path):
         ("seceval", "{}", "no list of questions"),
         ("seceval", "not json", "is not JSON"),
         ("cybermetric", '{"questions": [{"question": "q", "answers": {"A": "x", "B": "y"}}]}', "has no 'solution'"),
-        ("cybermetric", '{"questions": [{"question": "q", "answers": {"A": "x"}, "solution": "E"}]}', "no letter from A"),
+        (
+            "cybermetric",
+            '{"questions": [{"question": "q", "answers": {"A": "x"}, "solution": "E"}]}',
+            "no letter from A",
+        ),
         ("cti-mcq", "URL\tQuestion\nu\tq\n", "row 1 has no 'Option A'"),
     ],
 )

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -11,6 +13,7 @@ from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
 from workbench.models.hub import load_pretrained
+from workbench.models.sharding import fill, gather, is_sharded, shard
 
 
 def small_llama(
@@ -60,6 +63,35 @@ def on_meta(id: str | Path) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+def blocks(model: Any) -> list[nn.Module]:
+    """The decoder layers, in order: the units of sharding."""
+    return list(model.get_decoder().layers)
+
+
+def load_sharded(id: str, *, bf16: bool) -> tuple[Any, Any]:
+    """Model and tokenizer with weights cut over the ranks of torchrun, float32; `bf16` is what the passes compute in.
+
+    Rank 0 alone reads the weights, into CPU memory, and hands them round; no GPU ever holds them whole.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dist.get_rank() == 0:
+        whole, tokenizer = load_causal_lm(id)
+        state, config = whole.state_dict(), whole.config
+    else:
+        state, config = {}, load_pretrained(AutoConfig, id)
+        tokenizer = load_pretrained(AutoTokenizer, id)
+    # weights without storage; buffers (the rotary frequencies) are no part of a checkpoint and are kept
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    shard(model, blocks(model), bf16=bf16)
+    model.to_empty(device=device)
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
+    fill(model, state)
+    return model, tokenizer
+
+
 def context_limit(model: Any) -> int:
     """The most tokens the model was made for."""
     return int(model.config.max_position_embeddings)
@@ -96,9 +128,14 @@ def recompute_activations(model: Any) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, half: bool = False) -> Path:
-    """A folder that transformers opens without this library: config, safetensors weights, tokenizer."""
+    """A folder that transformers opens without this library: config, safetensors weights, tokenizer.
+
+    A sharded model is put together on rank 0, which writes it; every rank has to call.
+    """
+    state = gather(model) if is_sharded(model) else None
     if half:
         model = model.half()
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
+    if state != {}:
+        model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+        tokenizer.save_pretrained(folder)
     return folder

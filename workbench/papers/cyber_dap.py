@@ -29,6 +29,7 @@ from workbench.models.causal_lm import (
     context_limit,
     freeze_embeddings,
     load_causal_lm,
+    load_sharded,
     recompute_activations,
     save_model,
     small_llama,
@@ -168,7 +169,7 @@ def batches(job: Job) -> tuple[Windows | Mixture, int, int]:
 def check_start(model: nn.Module, window: Tensor, loss: float) -> None:
     """Raises WorkbenchError where the loss before the first step is not the base's own."""
     known = float(own_loss(model, window))
-    if not math.isclose(loss, known, rel_tol=0.02, abs_tol=1e-3):
+    if not math.isclose(loss, known, rel_tol=0.005, abs_tol=1e-3):
         raise WorkbenchError(
             f"the loss before training is {loss:.3f}, the base's own is {known:.3f} nats: are targets shifted twice?"
         )
@@ -180,7 +181,8 @@ def adapt(job: Job, loss_fn: Any = next_token_loss, **loop: Any) -> Adapted:
     Raises WorkbenchError before the first step where the loss is not the base's own.
     """
     c, change = job.config, job.change
-    model, tokenizer = load_causal_lm(job.base)
+    sharded = c.shard and job.arm != "base"
+    model, tokenizer = load_sharded(job.base, bf16=c.precision == "bf16") if sharded else load_causal_lm(job.base)
     if context_limit(model) < c.context:
         raise WorkbenchError(f"context {c.context} is more than the {context_limit(model)} tokens of {job.base!r}")
     if job.arm == "base":
@@ -199,7 +201,7 @@ def adapt(job: Job, loss_fn: Any = next_token_loss, **loop: Any) -> Adapted:
     recipe = Recipe(
         steps=steps, lr=c.lora_lr if change.get("lora") else c.lr * change.get("lr", 1.0), weight_decay=c.decay,
         betas=(0.9, 0.95), clip=1.0, warmup=c.warmup, schedule=c.schedule, accumulate=c.accumulate,
-        precision=c.precision, seed=job.seed, save_every=c.save_every, log_every=max(1, steps // 40),
+        precision="no" if sharded else c.precision, seed=job.seed, save_every=c.save_every, log_every=max(1, steps // 40),
     )  # fmt: skip
     loss = partial(loss_fn, separate=separate) if separate is not None else loss_fn
     trained = trainable(model)

@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from workbench.errors import WorkbenchError
-from workbench.training import checkpoint, sharding
+from workbench.models import sharding
+from workbench.training import checkpoint
 from workbench.training.record import Record
 
 LossFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]

@@ -21,7 +21,7 @@ from workbench.errors import WorkbenchError
 def shard(model: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool = False) -> nn.Module:
     """Cut every block, then the rest, over all ranks (torch's fully_shard, in place); returns the model.
 
-    bf16: compute in bfloat16, add gradients up in float32, keep float32 weights. Raises WorkbenchError where there are no ranks.
+    bf16: compute in bfloat16, sums of gradients and weights in float32. Raises WorkbenchError without ranks.
     """
     if not dist.is_initialized():
         raise WorkbenchError("sharding needs ranks: start with torchrun (python -m torch.distributed.run)")
