@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained here on the prose of pip packages, and the text as its tokens, in disjoint parts."""
+"""A byte-level BPE tokenizer trained here on the prose of pip packages, and the text as tokens, in disjoint parts."""
 
 import hashlib
 from collections.abc import Sequence
@@ -68,7 +68,8 @@ def train_bpe(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
 @lru_cache(maxsize=2)
 def bpe_text(packages: tuple[str, ...], vocabulary: int, split: int = 0) -> BpeText:
     """The prose of the packages, shuffled by paragraph with `split` and cut into parts; the BPE sees the teacher's."""
-    paragraphs, sources = [], []
+    paragraphs: list[str] = []
+    sources: list[Provenance] = []
     for package in packages:
         found, source = prose(package)
         paragraphs += found
@@ -76,7 +77,7 @@ def bpe_text(packages: tuple[str, ...], vocabulary: int, split: int = 0) -> BpeT
     if not paragraphs:
         raise WorkbenchError("no text: name at least one package")
     order = np.random.default_rng(split).permutation(len(paragraphs))
-    total = sum(map(len, paragraphs))
+    total = sum(len(text) for text in paragraphs)
     texts: dict[str, list[str]] = {part: [] for part in SHARES}
     ends = dict(zip(SHARES, np.cumsum(list(SHARES.values())) * total, strict=True))
     so_far = 0
@@ -86,8 +87,7 @@ def bpe_text(packages: tuple[str, ...], vocabulary: int, split: int = 0) -> BpeT
         so_far += len(paragraphs[i])
     tokenizer = train_bpe(texts["teacher"], vocabulary)
     parts = {
-        part: torch.tensor(tokenizer("\n".join(found))["input_ids"], dtype=torch.int64)
-        for part, found in texts.items()
+        part: torch.tensor(tokenizer("\n".join(found))["input_ids"], dtype=torch.int64) for part, found in texts.items()
     }
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     sizes = ", ".join(f"{part} {len(tokens)}" for part, tokens in parts.items())

@@ -201,7 +201,8 @@ def adapt(job: Job, loss_fn: Any = next_token_loss, **loop: Any) -> Adapted:
     recipe = Recipe(
         steps=steps, lr=c.lora_lr if change.get("lora") else c.lr * change.get("lr", 1.0), weight_decay=c.decay,
         betas=(0.9, 0.95), clip=1.0, warmup=c.warmup, schedule=c.schedule, accumulate=c.accumulate,
-        precision="no" if sharded else c.precision, seed=job.seed, save_every=c.save_every, log_every=max(1, steps // 40),
+        precision="no" if sharded else c.precision, seed=job.seed, save_every=c.save_every,
+        log_every=max(1, steps // 40),
     )  # fmt: skip
     loss = partial(loss_fn, separate=separate) if separate is not None else loss_fn
     trained = trainable(model)

@@ -17,7 +17,7 @@ NOTEBOOK = "08_cyber_dap.ipynb"
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference" / "cyber_dap"
 
 Arm = Literal[
-    "base", "dap", "gentle", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay", "shuffled words",
+    "base", "dap", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay", "shuffled words",
     "general text", "less curated",
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ class Config:
     lr: Annotated[float, Param("constrained peak learning rate; gentle is 0.3 times, aggressive 5 times it", gt=0)] = (
         1e-3
     )
-    lora_lr: Annotated[float, Param("peak learning rate of the LoRA arm", gt=0)] = 3e-3
+    lora_lr: Annotated[float, Param("peak learning rate of the LoRA arm", gt=0)] = 1e-2
     lora_rank: Annotated[int, Param("rank of the LoRA arm", ge=1)] = 8
     replay: Annotated[float, Param("share of general text in a batch of the replay arm", gt=0, lt=1)] = 0.25
     warmup: Annotated[float, Param("share of the steps that warm up", ge=0, le=1)] = 0.04
@@ -101,7 +101,7 @@ PRESETS = {
         held_out=4_096, workers=1,
     ),
     "desk": Config(
-        arms=("base", "dap", "gentle", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay",
+        arms=("base", "dap", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay",
               "shuffled words", "general text", "less curated"),
         seeds=3,
     ),
@@ -117,27 +117,31 @@ def _claim(id: str, sentence: str, figure: str, source: str, unit: str, directio
     return Claim(id, sentence, figure, source, id, unit, direction, margin)
 
 
+# Settings and margins were fixed on seed 100 (base 0), before any judging seed. What it gave, in the order below: 1.27
+# nats; 11.7 and 1.2 points; .47 nats; 3.2 points; 1.82 nats; forgotten 1.09 nats; then .42, .46, .44 and .85 nats. The
+# constrained rate comes from 3e-4 (2 passes over more text: no gain in accuracy) and 1e-3, LoRA's from 3e-3 and 1e-2
+# (.16 nats better). "Keeps general ability" has the margin a reader would take the sentence for, not one that passes.
 CLAIMS: tuple[Claim, ...] = (
     _claim("domain_nll", "DAP learns the domain: fall of the loss on security pages it never saw",
-           "no figure in the abstract", "method", "nats", ">=", 0.5),
+           "no figure in the abstract", "method", "nats", ">=", 0.8),
     _claim("qa_trained", "DAP answers better on pages it was trained on: accuracy, after minus before",
-           "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 2.0),
+           "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 3.0),
     _claim("qa_held_out", "and on fields and pages kept out of the corpus",
            "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 0.0),
     _claim("knowledge_nll", "It is the text that teaches: loss on unseen pages, the better control minus DAP",
-           "no control in the abstract", "our control", "nats", ">=", 0.3),
+           "no control in the abstract", "our control", "nats", ">=", 0.25),
     _claim("knowledge_qa", "and the questions tell too: accuracy on trained pages, DAP minus the better control",
            "no control in the abstract", "our control", "points", ">=", 0.0),
     _claim("constrained", "A constrained learning rate forgets less: general loss, aggressive minus constrained",
-           "asserted without figures", "abstract", "nats", ">=", 0.3),
+           "asserted without figures", "abstract", "nats", ">=", 0.8),
     _claim("retained", "DAP keeps general ability: rise of the loss on general text",
            "asserted without figures", "abstract", "nats", "<=", 0.3),
     _claim("more_tokens", "More domain tokens, more gain: loss on unseen pages, 42 % of the corpus minus all of it",
-           "1M, 50M and 118.8M tokens", "thesis abstract", "nats", ">=", 0.1),
+           "1M, 50M and 118.8M tokens", "thesis abstract", "nats", ">=", 0.2),
     _claim("less_data", "Less data, more security: loss on unseen pages, twice as much uncurated text minus curated",
-           "118.8M against 2.77B and 5B tokens", "abstract", "nats", ">=", 0.0),
+           "118.8M against 2.77B and 5B tokens", "abstract", "nats", ">=", 0.2),
     _claim("full_beats_lora", "Training all parameters beats LoRA on the same tokens: loss on unseen pages, difference",
-           "beaten, no figures at hand", "abstract, version 2", "nats", ">=", 0.0),
+           "beaten, no figures at hand", "abstract, version 2", "nats", ">=", 0.2),
     _claim("replay_forgets_less", "General text in the batch forgets less at equal domain tokens: general loss, change",
-           "not in the paper", "our addition", "nats", ">=", 0.2),
+           "not in the paper", "our addition", "nats", ">=", 0.4),
 )  # fmt: skip

@@ -171,7 +171,7 @@ def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     for name, value in {**tensors, **rest}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    ordered: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     for index, own in state.items():
         own.update({k: sharding.like(ordered[index], v) for k, v in own.items() if isinstance(v, Tensor)})
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
