@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from workbench.config import override
+from workbench.config import as_dict, override
 from workbench.data.bpe import train_bpe
 from workbench.errors import WorkbenchError
 from workbench.lab import cyber_dap as panels
 from workbench.models.causal_lm import freeze_embeddings, load_causal_lm, on_meta, save_model, small_llama
 from workbench.papers import cyber_dap as paper
 from workbench.papers import cyber_dap_bench
+from workbench.runs.folder import notebook_path
 from workbench.training.record import Record
 
 # the public config.json files of the three models, as far as they decide shapes
@@ -159,6 +160,7 @@ Accelerator()
 from workbench.losses.causal_lm import next_token_loss
 from workbench.models.causal_lm import load_sharded, save_model
 from workbench.training.loop import Recipe, fit
+from workbench.runs.folder import notebook_path
 from workbench.training.record import Record
 folder, run, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model, tokenizer = load_sharded(folder, bf16=False)
@@ -224,3 +226,24 @@ def test_the_benchmark_measures_packing_and_every_way_to_train(tmp_path):
     # 7 + 1, 3 + 1, 8 + 1 places with a token in 8, 8 and 16 of them
     assert padded["share_real"] == pytest.approx(21 / 32) and padded["sequences"] == 4
     assert packed["sequences"] == 2 and packed["share_real"] == 1
+
+
+def test_the_notebook_runs_on_a_users_model_and_data(tmp_path, monkeypatch, capsys):
+    """Every code cell, in order, with `teacher` and `data` of one's own; the verdicts are written."""
+    monkeypatch.setenv("WORKBENCH_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    config = own(tmp_path)
+    usual = as_dict(paper.PRESETS["quick"])
+    changes = {k: v for k, v in as_dict(config).items() if v != usual[k]}
+    notebook = json.loads(notebook_path("cyber_dap").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert all(cell.count("\n") < 25 for cell in cells)
+    names = {"preset": "quick", "seed": 0, "overrides": changes, "run_dir": None}
+    for cell in cells[1:]:
+        exec(compile(cell, "cell", "exec"), names)
+    run = names["run"]
+    claims = {c["claim"]["id"]: c for c in json.loads((run.path / "claims.json").read_text())}
+    assert claims["domain_nll"]["why"] == "1 of 3 seeds" and claims["less_data"]["why"] == "not measured in this run"
+    assert {p.stem for p in (run.path / "figures").iterdir()} >= {"frontier", "letters", "updates"}
+    assert (run.path / "adapted" / "model.safetensors").exists()
+    assert changes["data"] in json.loads((run.path / "config.json").read_text())["data"]
