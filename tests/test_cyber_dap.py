@@ -339,3 +339,18 @@ def test_claim_values_from_numbers_worked_out_by_hand():
     assert {c.measure for c in paper.CLAIMS} == set(paper.claim_values(arms)), "every claim is measured"
     (row,) = [r for r in paper.paired(arms["base"], arms["dap"]) if r["set"] == "trained page"]
     assert (row["fixed"], row["broken"], row["gain"].mean) == (1, 0, 25.0)
+
+
+def test_a_base_model_can_be_trained_within_the_run(tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(paper, "documentation", lambda: (GENERAL, None))
+    monkeypatch.setattr(paper, "VOCABULARY", 200)
+    config = override(TINY, {"teacher": "train", "base_steps": 12})
+    folder = paper.base_folder(config, 3, tmp_path)
+    model, tokenizer = load_causal_lm(folder)
+    losses = [r["loss"] for r in Record(tmp_path / "bases").records("step")]
+    assert folder.endswith("base-0") and len(tokenizer) == model.config.vocab_size and losses
+    exercise = source.exercises(list(GENERAL), 0)[0]
+    assert re.fullmatch(r"Question: .*\nA\) .*\nB\) .*\nC\) .*\nD\) .*\nAnswer: [A-D]", exercise)
+    assert paper.base_folder(config, 3, tmp_path) == folder, "made once a run"
+    with pytest.raises(WorkbenchError, match="no committed base 1"):
+        paper.base_folder(override(TINY, {"bases": 2}), 1, tmp_path)

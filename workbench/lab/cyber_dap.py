@@ -35,19 +35,28 @@ def frontier(arms: Mapping[str, Mapping[str, Any]]) -> go.Figure:
 
 
 def sizes(arms: Mapping[str, Mapping[str, Any]]) -> go.Figure:
-    """Losses and accuracy of the arms that differ in the number of tokens alone, against the tokens trained on."""
-    chosen = sorted((m["tokens"], m) for name, m in arms.items() if name in ("1 %", "42 %", "dap"))
-    if len(chosen) < 2:
-        raise WorkbenchError('add "1 %" and "42 %" to the arms to see a curve over tokens')
+    """Gain, forgetting and accuracy of the arms that differ in the number of tokens alone, against the tokens."""
+    base = arms["base"]
+    chosen = sorted(
+        ((m["tokens"], m) for name, m in arms.items() if name in ("1 %", "42 %", "dap")), key=lambda r: r[0]
+    )
     tokens = [t for t, _ in chosen]
-    curves = {
-        "unseen security pages": (tokens, [m["nll domain"] for _, m in chosen]),
-        "general text": (tokens, [m["nll general"] for _, m in chosen]),
-    }
-    levels = {f"base, {name}": arms["base"][key] for name, key in
-              (("security", "nll domain"), ("general", "nll general"))}  # fmt: skip
-    return figures.lines(curves, title="loss against tokens", x="tokens trained on, repetitions included",
-                         y="loss (nats per token)", levels=levels, log_x=True)  # fmt: skip
+    figure = figures.lines(
+        {"gain: security loss": (tokens, [base["nll domain"] - m["nll domain"] for _, m in chosen]),
+         "forgetting: general loss": (tokens, [m["nll general"] - base["nll general"] for _, m in chosen])},
+        title="gain and forgetting against tokens", x="tokens trained on, repetitions included", y="nats", log_x=True,
+    )  # fmt: skip
+    return _accuracy(figure, tokens, [m.get("trained page", 0.0) for _, m in chosen])
+
+
+def _accuracy(figure: go.Figure, tokens: Sequence[int], points: Sequence[float]) -> go.Figure:
+    """A second axis, on the right, with the accuracy on trained pages."""
+    figure.add_scatter(x=list(tokens), y=list(points), name="accuracy on trained pages (right axis)", yaxis="y2",
+                       mode="lines+markers", line={"dash": "dot", "color": figures.PALETTE[2]})  # fmt: skip
+    return figure.update_layout(
+        yaxis2={"overlaying": "y", "side": "right", "title": "accuracy (points)", "range": [0, 100], "showgrid": False},
+        legend={"orientation": "h", "y": -0.25}, margin_r=80,
+    )  # fmt: skip
 
 
 def tokens_curve(job: Job, base: Adapted, *, tokens: Sequence[int], lr: float) -> go.Figure:
@@ -77,12 +86,7 @@ def tokens_curve(job: Job, base: Adapted, *, tokens: Sequence[int], lr: float) -
          "forgetting: general loss": (xs, [r[1] - rows[0][1] for r in rows])},
         title=f"one pass at learning rate {lr:g}: gain and forgetting against tokens", x="tokens", y="nats",
     )  # fmt: skip
-    figure.add_scatter(x=xs, y=[r[2] for r in rows], name="accuracy on trained pages (points, right axis)", yaxis="y2",
-                       mode="lines+markers", line={"dash": "dot", "color": figures.PALETTE[2]})  # fmt: skip
-    return figure.update_layout(
-        yaxis2={"overlaying": "y", "side": "right", "title": "accuracy (points)", "range": [0, 100], "showgrid": False},
-        legend={"orientation": "h", "y": -0.25},
-    )
+    return _accuracy(figure, xs, [r[2] for r in rows])
 
 
 def next_tokens(models: Mapping[str, Any], tokenizer: Any, *, prompt: str, count: int = 8) -> go.Figure:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
+from accelerate import PartialState, init_empty_weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -32,6 +32,14 @@ def small_llama(
         return LlamaForCausalLM(config)
 
 
+def load_tokenizer(id: str) -> Any:
+    """The tokenizer of a Hub id or folder. Raises WorkbenchError in one line: none there, or without an EOS token."""
+    tokenizer = load_pretrained(AutoTokenizer, id)
+    if tokenizer.eos_token_id is None:
+        raise WorkbenchError(f"the tokenizer of {id!r} has no EOS token to put between documents")
+    return tokenizer
+
+
 def load_causal_lm(id: str, *, precision: str = "float32") -> tuple[Any, Any]:
     """Model and tokenizer by Hub id or folder. Raises WorkbenchError in one line.
 
@@ -41,7 +49,7 @@ def load_causal_lm(id: str, *, precision: str = "float32") -> tuple[Any, Any]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar for twenty tensors, in every worker
     try:
-        tokenizer = load_pretrained(AutoTokenizer, id)
+        tokenizer = load_tokenizer(id)
         model = load_pretrained(AutoModelForCausalLM, id, dtype=getattr(torch, precision))
     finally:
         if shown:
@@ -51,8 +59,6 @@ def load_causal_lm(id: str, *, precision: str = "float32") -> tuple[Any, Any]:
         raise WorkbenchError(
             f"model {id!r} has {rows} embeddings, its tokenizer {len(tokenizer)} tokens: it is another model's"
         )
-    if tokenizer.eos_token_id is None:
-        raise WorkbenchError(f"the tokenizer of {id!r} has no EOS token to put between documents")
     return model, tokenizer
 
 
@@ -73,13 +79,16 @@ def load_sharded(id: str, *, bf16: bool) -> tuple[Any, Any]:
 
     Rank 0 alone reads the weights, into CPU memory, and hands them round; no GPU ever holds them whole.
     """
+    PartialState()  # joins torchrun's ranks
+    if not dist.is_initialized():
+        raise WorkbenchError("sharding needs ranks: start with torchrun, or set shard=false")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dist.get_rank() == 0:
         whole, tokenizer = load_causal_lm(id)
         state, config = whole.state_dict(), whole.config
     else:
         state, config = {}, load_pretrained(AutoConfig, id)
-        tokenizer = load_pretrained(AutoTokenizer, id)
+        tokenizer = load_tokenizer(id)
     # weights without storage; buffers (the rotary frequencies) are no part of a checkpoint and are kept
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

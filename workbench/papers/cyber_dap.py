@@ -30,6 +30,7 @@ from workbench.models.causal_lm import (
     freeze_embeddings,
     load_causal_lm,
     load_sharded,
+    load_tokenizer,
     recompute_activations,
     save_model,
     small_llama,
@@ -181,8 +182,13 @@ def adapt(job: Job, loss_fn: Any = next_token_loss, **loop: Any) -> Adapted:
     Raises WorkbenchError before the first step where the loss is not the base's own.
     """
     c, change = job.config, job.change
-    sharded = c.shard and job.arm != "base"
-    model, tokenizer = load_sharded(job.base, bf16=c.precision == "bf16") if sharded else load_causal_lm(job.base)
+    if c.shard and change.get("lora"):
+        raise WorkbenchError("the LoRA arm trains on one device a rank: run it with shard=false")
+    if c.shard:
+        model, tokenizer = load_sharded(job.base, bf16=c.precision == "bf16")
+    else:
+        model, tokenizer = load_causal_lm(job.base)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     if context_limit(model) < c.context:
         raise WorkbenchError(f"context {c.context} is more than the {context_limit(model)} tokens of {job.base!r}")
     if job.arm == "base":
@@ -190,8 +196,9 @@ def adapt(job: Job, loss_fn: Any = next_token_loss, **loop: Any) -> Adapted:
     separate = None if c.across else end_of_text(tokenizer)
     data, steps, tokens = batches(job)
     # measured without the document mask: the library's own loss knows none
+    window = data[0].to(model.device)
     with torch.no_grad():
-        check_start(model.eval(), data[0].long(), float(loss_fn(model, data[0].long())))
+        check_start(model.eval(), window, float(loss_fn(model, window)))
     if c.recompute:
         recompute_activations(model)
     if change.get("frozen"):
@@ -201,7 +208,7 @@ def adapt(job: Job, loss_fn: Any = next_token_loss, **loop: Any) -> Adapted:
     recipe = Recipe(
         steps=steps, lr=c.lora_lr if change.get("lora") else c.lr * change.get("lr", 1.0), weight_decay=c.decay,
         betas=(0.9, 0.95), clip=1.0, warmup=c.warmup, schedule=c.schedule, accumulate=c.accumulate,
-        precision="no" if sharded else c.precision, seed=job.seed, save_every=c.save_every,
+        precision="no" if c.shard else c.precision, seed=job.seed, save_every=c.save_every,
         log_every=max(1, steps // 40),
     )  # fmt: skip
     loss = partial(loss_fn, separate=separate) if separate is not None else loss_fn
@@ -286,8 +293,7 @@ def _cost(job: Job) -> float:
 def prepare(config: Config, seed: int, folder: Path) -> tuple[str, Material]:
     """The base of a seed and what it is to be trained on and asked about."""
     base = base_folder(config, seed, folder)
-    _, tokenizer = load_causal_lm(base)
-    return base, cyber_dap_material.load(config, tokenizer, seed)
+    return base, cyber_dap_material.load(config, load_tokenizer(base), seed)
 
 
 def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[tuple[str, int], dict[str, Any]]:
