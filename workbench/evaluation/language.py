@@ -76,3 +76,16 @@ def sample_text(
         probabilities = (logits / temperature).softmax(-1).cpu()
         text = torch.cat([text, torch.multinomial(probabilities, 1, generator=generator).to(device)], 1)
     return text[:, 1:].cpu()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, windows: Windows, *, batch: int = 16) -> float:
+    """Mean next-token loss of a transformers causal model (its `.logits`) over all windows, in nats per token."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for tokens in _batches(windows, batch):
+        tokens = tokens.to(device)
+        logits = model(input_ids=tokens[:, :-1]).logits.float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+        count += tokens[:, 1:].numel()
+    return total / count

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from workbench.errors import WorkbenchError
+from workbench.models import sharding
 from workbench.training import checkpoint
 from workbench.training.record import Record
 
@@ -159,7 +160,9 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     rest: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{key}"] = value
+            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{key}"] = (
+                sharding.local(value) if isinstance(value, Tensor) else value
+            )
     return tensors, rest
 
 
@@ -168,12 +171,15 @@ def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     for name, value in {**tensors, **rest}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
+    ordered: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, own in state.items():
+        own.update({k: sharding.like(ordered[index], v) for k, v in own.items() if isinstance(v, Tensor)})
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _finite_state(model: nn.Module, step: int, owner: str = "") -> dict[str, Tensor]:
     """What a checkpoint keeps of a network. Raises NonFiniteError."""
-    weights = _trainable_state(model)
+    weights = {name: sharding.local(t) for name, t in _trainable_state(model).items()}
     for name, t in weights.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise NonFiniteError(
@@ -183,8 +189,12 @@ def _finite_state(model: nn.Module, step: int, owner: str = "") -> dict[str, Ten
 
 
 def _load_weights(model: nn.Module, saved: checkpoint.Checkpoint, part: str) -> None:
+    state: dict[str, Tensor] = saved.parts[part]
+    if sharding.is_sharded(model):
+        own = model.state_dict()
+        state = {name: sharding.like(own[name], t) if name in own else t for name, t in state.items()}
     try:
-        missing, unexpected = model.load_state_dict(saved.parts[part], strict=False)
+        missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {line}") from None
@@ -226,7 +236,9 @@ class _Session:
             group.setdefault("initial_lr", group["lr"])
         averaging = get_ema_multi_avg_fn(recipe.ema) if recipe.ema is not None else None
         self.ema = AveragedModel(model, multi_avg_fn=averaging) if averaging else None
-        self.model = self.accelerator.prepare_model(model)
+        # a sharded model keeps its ranks in step by itself
+        self.sharded = sharding.is_sharded(model)
+        self.model = model if self.sharded else self.accelerator.prepare_model(model)
         self.optimizer = self.accelerator.prepare_optimizer(self.inner)
         self.sides = [_Side(name, spec, self.accelerator) for name, spec in auxiliaries.items()]
         for group in [g for side in self.sides for g in side.inner.param_groups]:
@@ -242,7 +254,7 @@ class _Session:
     def save(self, folder, step: int) -> None:
         weights = _finite_state(self.bare, step)
         others = {side.part: _finite_state(side.bare, step, f"{side.name}/") for side in self.sides}
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.sharded:
             tensors, rest = _pack_optimizer(self.inner)
             parts = {"model": weights, "optimizer": tensors, **others}
             if self.ema is not None:
@@ -349,7 +361,7 @@ class _Session:
         logged: dict[str, Any] = {"lr": self.inner.param_groups[0]["lr"]}
         if recipe.clip is not None:
             trained = [p for p in self.bare.parameters() if p.requires_grad]
-            logged["grad_norm"] = accelerator.clip_grad_norm_(trained, recipe.clip)
+            logged["grad_norm"] = sharding.whole(accelerator.clip_grad_norm_(trained, recipe.clip))
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update_parameters(self.bare)
@@ -386,6 +398,8 @@ def fit(
     """
     folder = record.checkpoints(name) if record else None
     session = _Session(model, optimizer, recipe, auxiliaries or {})
+    if folder and session.sharded:
+        folder = sharding.rank_folder(folder)
     history: list[dict[str, Any]] = []
     resumed_from = None
     last_good = "there is no checkpoint yet"
@@ -393,7 +407,12 @@ def fit(
         try:
             done = 0
             if record and folder:
-                if saved := checkpoint.newest(folder):
+                saved = checkpoint.newest(folder)
+                if session.sharded:  # a kill may fall between two ranks' checkpoints
+                    step = sharding.common_step(saved.step if saved else 0)
+                    if saved and saved.step != step:
+                        saved = checkpoint.load(folder / f"step-{step:08d}") if step else None
+                if saved:
                     session.load(saved)
                     done = resumed_from = saved.step
                     last_good = f"the last good checkpoint is {saved.path}"
