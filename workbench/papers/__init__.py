@@ -6,7 +6,16 @@ from types import ModuleType
 
 from workbench.errors import WorkbenchError
 
-PAPERS = ("infinite_compute", "linfusion", "sign", "didi_instruct", "soft_tokens", "talking_models", "alexa_teacher", "cyber_dap")
+PAPERS = (
+    "infinite_compute",
+    "linfusion",
+    "sign",
+    "didi_instruct",
+    "soft_tokens",
+    "talking_models",
+    "alexa_teacher",
+    "cyber_dap",
+)
 
 
 def load(slug: str) -> ModuleType:
