@@ -458,13 +458,13 @@ def test_every_panel_draws_a_study():
 
 
 def test_the_bench_counts_memory_and_writes_its_rows(tmp_path, monkeypatch, capsys):
-    rows = bench.generation_cost((2, 8), rows=2, repeats=1)
+    rows = bench.generation_cost((4, 96), rows=4, repeats=1)  # long enough for the chain to outweigh the table
     assert {(r["mode"], r["cached"]) for r in rows} == {
         (m, c) for m in ("hard", "soft", "fuzzy") for c in (True, False)
     }
     kept = {(r["mode"], r["cached"], r["thoughts"]): r["bytes"] for r in rows}
     for mode in ("hard", "soft", "fuzzy"):
-        assert kept[mode, False, 8] > kept[mode, False, 2] > 0 and kept[mode, True, 8] < kept[mode, False, 8]
+        assert kept[mode, False, 96] > kept[mode, False, 4] > 0 and kept[mode, True, 96] < kept[mode, False, 96]
     monkeypatch.setattr(bench, "generation_cost", lambda: rows)
     paper.bench(tmp_path)
     assert len((tmp_path / "soft_tokens.csv").read_text().splitlines()) == 1 + len(rows)

@@ -126,8 +126,13 @@ def heatmap(
         y=list(map(str, y_labels)) if y_labels is not None else None, colorscale=colours,
         colorbar={"title": {"text": value, "side": "right"}}, texttemplate="%{z:.3g}" if text else None,
     )  # fmt: skip
+    # labels that look like numbers would be placed as numbers, with cells of unequal width
+    if x_labels is not None:
+        figure.update_xaxes(type="category")
     if y_labels is None:
         figure.update_yaxes(autorange="reversed")
+    else:
+        figure.update_yaxes(type="category")
     return figure
 
 
