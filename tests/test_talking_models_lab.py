@@ -37,6 +37,13 @@ def test_bars_are_the_errors_saved(finished):
         panels.gains(known, config, "vision", 0.9)
 
 
+def test_the_diagnosis_is_the_mean_over_seeds(finished):
+    _, config, known = finished
+    line = next(x for x in panels.diagnosis(known, config, "vision").splitlines() if x.startswith("  two-way"))
+    replies = [known["vision", config.gap, "two-way", s]["reply"] for s in (0, 1)]
+    assert f"{sum(replies) / 2:.2f}" == line.split()[1]
+
+
 def test_the_dial_has_a_point_at_each_place(finished):
     _, config, known = finished
     lines = {d.name: d for d in panels.dial(known, config, "vision").data if d.name}

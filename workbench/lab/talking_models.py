@@ -80,6 +80,21 @@ def gains(known: Known, config: Config, task: str, gap: float, against: str = "a
     )  # fmt: skip
 
 
+def diagnosis(known: Known, config: Config, task: str) -> str:
+    """A line an arm that talks, the mean over seeds: what its messages are like on test inputs (message_measures)."""
+    names = ("d(b_S, b'_S)", "d(messages)", "rank", "probe", "train", "test")
+    lines = [f"{task:18} " + " ".join(f"{n:>{w}}" for n, w in zip(names, (12, 12, 6, 6, 6, 6), strict=True))]
+    for arm in config.arms:
+        rows = [known[key] for key in known if key[:3] == (task, config.gap, arm) and "reply" in known[key]]
+        if rows:
+            mean = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
+            lines.append(
+                f"  {arm:16} {mean['reply']:12.2f} {mean['mc']:12.2f} {mean['rank']:6.1f} {mean['probe']:6.2f} "
+                f"{mean['train']:6.2f} {mean['error']:6.2f}"
+            )
+    return "\n".join(lines)
+
+
 def dial(known: Known, config: Config, task: str) -> go.Figure:
     """The gain of two-way communication over logit distillation, and of both over alone, against the gap."""
     pairs = {"two-way over logit KD": ("two-way", "logit KD"), "two-way over alone": ("two-way", "alone"),
