@@ -333,7 +333,7 @@ def measure_seed(job: Job) -> dict[str, Any]:
                 raw[name] = scores["covered"]
         arms[name] = measures
     changes = {
-        f"{new} / {base}": bootstrap_change(raw[new], raw[base], seed=seed)
+        f"{new} / {base}": list(bootstrap_change(raw[new], raw[base], seed=seed))
         for new, base in COMPARED if new in raw and base in raw
     }  # fmt: skip
     return {"arms": arms, "changes": changes}

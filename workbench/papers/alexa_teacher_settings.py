@@ -70,11 +70,11 @@ class Config:
     ] = ""
     languages: Annotated[tuple[str, ...], Param("languages of all text", min_length=1)] = ("en", "es", "it")
     left_out: Annotated[str, Param("language without labels (empty: none); it is read in pre-training")] = "it"
-    intents: Annotated[int, Param("intents of the command grammar, those with most templates (0: all)", ge=0)] = 10
-    values: Annotated[int, Param("values of each open slot of the command grammar (0: all)", ge=0)] = 20
+    intents: Annotated[int, Param("intents of the command grammar, those with most templates (0: all)", ge=0)] = 8
+    values: Annotated[int, Param("values of each open slot of the command grammar (0: all)", ge=0)] = 12
     alpha: Annotated[float, Param("exponent of the sampling of languages (1: as they come)", ge=0, le=1)] = 0.5
     spoken: Annotated[float, Param("share of public text in spoken form", ge=0, le=1)] = 0.7
-    vocabulary: Annotated[int, Param("size of the BPE vocabulary trained here", unit="tokens", ge=300)] = 1200
+    vocabulary: Annotated[int, Param("size of the BPE vocabulary trained here", unit="tokens", ge=300)] = 1500
     public_lines: Annotated[int, Param("lines of public text a language (a Hub's or folder's)", ge=10)] = 4000
     pool: Annotated[int, Param("unlabelled in-domain utterances, all languages", ge=100)] = 6000
     labels: Annotated[int, Param("labelled utterances a language", ge=4)] = 200
@@ -88,14 +88,14 @@ class Config:
     student_size: Annotated[str, Param("shape of the final student")] = "mini-17M"
     context: Annotated[int, Param("longest input", unit="tokens", ge=8)] = 40
     line: Annotated[int, Param("public lines are cut to this", unit="tokens", ge=8)] = 14
-    rate: Annotated[float, Param("share of tokens to predict", gt=0, lt=1)] = 0.4
-    batch: Annotated[int, Param("sentences a micro-batch", ge=1)] = 24
+    rate: Annotated[float, Param("share of tokens to predict", gt=0, lt=1)] = 0.5
+    batch: Annotated[int, Param("sentences a micro-batch", ge=1)] = 48
     accumulate: Annotated[int, Param("micro-batches a step", ge=1)] = 1
-    stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 250
-    stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 600
-    student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 600
-    lr: Annotated[float, Param("peak learning rate of pre-training", gt=0)] = 2e-3
-    stage2_lr: Annotated[float, Param("peak learning rate of stage 2 and its control", gt=0)] = 2e-3
+    stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 150
+    stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 350
+    student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 350
+    lr: Annotated[float, Param("peak learning rate of pre-training", gt=0)] = 4e-3
+    stage2_lr: Annotated[float, Param("peak learning rate of stage 2 and its control", gt=0)] = 4e-3
     second_text: Annotated[
         Literal["in-domain", "public"], Param("what stage 2 reads (public: no stage 2 at all, an ablation)")
     ] = "in-domain"
@@ -107,10 +107,10 @@ class Config:
     )
     dropout: Annotated[float, Param("dropout of the encoders", ge=0, lt=1)] = 0.0
     spread: Annotated[float, Param("standard deviation of initial weights", gt=0)] = 0.08
-    tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 250
-    tune_batch: Annotated[int, Param("utterances a fine-tuning batch", ge=1)] = 16
-    tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 2e-3
-    slot_weight: Annotated[float, Param("weight of the slot loss beside the intent loss", ge=0)] = 4.0
+    tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 200
+    tune_batch: Annotated[int, Param("utterances a fine-tuning batch", ge=1)] = 32
+    tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 4e-3
+    slot_weight: Annotated[float, Param("weight of the slot loss beside the intent loss", ge=0)] = 2.0
     heads: Annotated[int, Param("width of the heads' hidden layer", ge=1)] = 64
     pooling: Annotated[Literal["max", "first"], Param("how an utterance's states become one")] = "max"
     frozen: Annotated[tuple[ArmName, ...], Param("encoders that are fine-tuned frozen too")] = (
@@ -132,7 +132,7 @@ PRESETS = {
         labels=11_514, test=2974, arms=_DESK, seeds=3, teacher_size="2.3B", intermediate_size="170M",
         student_size="17M", context=128, line=128, rate=0.15, batch=64, accumulate=16, stage1_steps=100_000,
         stage2_steps=20_000, student_steps=50_000, lr=3e-4, stage2_lr=3e-5, dropout=0.1, spread=0.02,
-        tune_steps=20_000, tune_batch=128, tune_lr=3e-5, heads=2048, precision="bf16", save_every=1000,
+        tune_steps=20_000, tune_batch=128, tune_lr=3e-5, slot_weight=4.0, heads=2048, precision="bf16", save_every=1000,
     ),
 }  # fmt: skip
 
