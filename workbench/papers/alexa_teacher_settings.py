@@ -91,9 +91,9 @@ class Config:
     rate: Annotated[float, Param("share of tokens to predict", gt=0, lt=1)] = 0.5
     batch: Annotated[int, Param("sentences a micro-batch", ge=1)] = 48
     accumulate: Annotated[int, Param("micro-batches a step", ge=1)] = 1
-    stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 150
-    stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 350
-    student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 350
+    stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 60
+    stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 800
+    student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 800
     lr: Annotated[float, Param("peak learning rate of pre-training", gt=0)] = 4e-3
     stage2_lr: Annotated[float, Param("peak learning rate of stage 2 and its control", gt=0)] = 4e-3
     second_text: Annotated[
@@ -107,7 +107,7 @@ class Config:
     )
     dropout: Annotated[float, Param("dropout of the encoders", ge=0, lt=1)] = 0.0
     spread: Annotated[float, Param("standard deviation of initial weights", gt=0)] = 0.08
-    tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 200
+    tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 400
     tune_batch: Annotated[int, Param("utterances a fine-tuning batch", ge=1)] = 32
     tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 4e-3
     slot_weight: Annotated[float, Param("weight of the slot loss beside the intent loss", ge=0)] = 2.0
@@ -143,6 +143,10 @@ def _claim(
     return Claim(id, sentence, figure, source, id, unit, direction, margin)
 
 
+# What tuning seeds gave. Seed 100 (2 x 48 teacher, 150 + 350 steps, 200 of fine-tuning): in-domain loss -3.1 nats, but
+# intent error +21 % and slot error +12 %: stage 2 was too short, the trap of an under-trained encoder. Seed 101
+# (1 x 32, 60 + 800, 400): -3.5 nats, intent +5 %, slots -3 %, SemER -1 %, intent in the left-out language -16 %.
+# The margin of the relative changes is therefore the weakest there is, lower at all, fixed before any judging seed.
 CLAIMS: tuple[Claim, ...] = (
     _claim(
         "indomain_loss",
