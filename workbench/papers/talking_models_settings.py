@@ -39,7 +39,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Loss weights of a task, chosen on tuning seeds (100 and up) at the preset's gap, one small grid an arm."""
+    """Loss weights of a task, from a small grid an arm on one tuning seed, near the desk preset's steps and gap."""
 
     logits: float
     probe: float
