@@ -128,7 +128,7 @@ def test_verdicts_flip_when_stage_2_reads_no_utterances(tmp_path):
 
 FLIP = override(
     TINY,
-    {"seeds": 3, "arms": ["stage 1 continued", "stage 2"], "stage1_steps": 10, "stage2_steps": 60, "batch": 24,
+    {"seeds": 3, "arms": ["stage 1 continued", "stage 2"], "stage1_steps": 10, "stage2_steps": 150, "batch": 24,
      "teacher_size": "tiny", "lr": 5e-3, "stage2_lr": 5e-3},
 )  # fmt: skip
 

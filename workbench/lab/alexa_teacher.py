@@ -103,7 +103,9 @@ def masked_view(
                        marker_color=figures.PALETTE[column - 1], row=1, col=column)  # fmt: skip
     shown = " ".join("[MASK]" if i == place else w for i, w in enumerate(words))
     figure.update_xaxes(title_text="probability")
-    return figure.update_layout(template=figures.TEMPLATE, title=f"{shown}   (it was: {words[place]})", height=360)
+    return figure.update_layout(
+        template=figures.TEMPLATE, title=f"{shown}   (it was: {words[place]})", height=380, margin_t=90
+    )
 
 
 def understanding_view(
@@ -125,7 +127,9 @@ def understanding_view(
     figure.add_heatmap(z=z, x=columns, y=kept, colorscale="Blues", zmin=0, zmax=1, row=1, col=2,
                        colorbar={"title": {"text": "probability", "side": "right"}})  # fmt: skip
     found = ", ".join(f"{label} = {value}" for label, value in read["spans"]) or "no slot"
-    return figure.update_layout(template=figures.TEMPLATE, title=f"{name}: {names[0]}; {found}", height=420)
+    return figure.update_layout(
+        template=figures.TEMPLATE, title=f"{name}: {names[0]}; {found}", height=440, margin_t=90
+    )
 
 
 def confusion_view(
@@ -204,4 +208,4 @@ def losses_view(measured: Mapping[int, Any]) -> go.Figure:
         names = list(next(iter(measured.values()))["arms"])
         y = [float(np.mean([m["arms"][n]["nll"][text] for m in measured.values()])) for n in names]
         figure.add_bar(x=names, y=y, name=text, marker_color=figures.PALETTE[i])
-    return figure.update_layout(legend={"orientation": "h", "y": 1.12}, height=460)
+    return figure.update_layout(legend={"orientation": "h", "y": -0.15}, height=460)
