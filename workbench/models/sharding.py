@@ -5,7 +5,7 @@ A model that went through `shard` trains in `fit` like any other. It resumes on 
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool = False) 
     how: dict[str, Any] = {"mesh": mesh, **({"mp_policy": policy} if policy else {})}
     for block in blocks:
         fully_shard(block, **how)
-    return fully_shard(model, **how)
+    fully_shard(model, **how)
+    return model
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -42,7 +43,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights on the CPU of rank 0, an empty dict elsewhere. Every rank has to call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(dict[str, Tensor], whole)
 
 
 def is_sharded(model: nn.Module) -> bool:
