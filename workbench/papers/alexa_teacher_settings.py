@@ -77,7 +77,7 @@ class Config:
     vocabulary: Annotated[int, Param("size of the BPE vocabulary trained here", unit="tokens", ge=300)] = 1500
     public_lines: Annotated[int, Param("lines of public text a language (a Hub's or folder's)", ge=10)] = 4000
     pool: Annotated[int, Param("unlabelled in-domain utterances, all languages", ge=100)] = 6000
-    labels: Annotated[int, Param("labelled utterances a language", ge=4)] = 200
+    labels: Annotated[int, Param("labelled utterances a language", ge=4)] = 60
     test: Annotated[int, Param("test utterances a set and language", ge=4)] = 150
     arms: Annotated[tuple[ArmName, ...], Param("encoders to train; what they need is added", min_length=1)] = (
         "stage 1 continued", "via intermediate", "MLM alone", "scratch",
@@ -107,7 +107,7 @@ class Config:
     )
     dropout: Annotated[float, Param("dropout of the encoders", ge=0, lt=1)] = 0.0
     spread: Annotated[float, Param("standard deviation of initial weights", gt=0)] = 0.08
-    tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 400
+    tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 300
     tune_batch: Annotated[int, Param("utterances a fine-tuning batch", ge=1)] = 32
     tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 4e-3
     slot_weight: Annotated[float, Param("weight of the slot loss beside the intent loss", ge=0)] = 2.0
@@ -121,10 +121,13 @@ class Config:
     workers: Annotated[int, Param("seeds trained at the same time (0: one a core)", ge=0)] = 0
 
 
-_DESK: tuple[ArmName, ...] = tuple(name for name in ARMS if name != "stage 2 alone")
+_DESK: tuple[ArmName, ...] = (
+    "stage 1 continued", "stage 2", "intermediate", "via intermediate", "direct", "stage 1 teacher", "public text",
+    "MLM alone", "stage 1 student", "scratch",
+)  # fmt: skip
 PRESETS = {
     "quick": Config(),
-    "desk": Config(arms=_DESK, seeds=4),
+    "desk": Config(arms=_DESK, seeds=3),
     # the paper's models and in-domain text were never released: a public stage-1 teacher, MASSIVE as the assistant
     "full": Config(
         data="AmazonScience/massive", public="allenai/c4", teacher="facebook/xlm-roberta-xl",
@@ -146,6 +149,10 @@ def _claim(
 # What tuning seeds gave. Seed 100 (2 x 48 teacher, 150 + 350 steps, 200 of fine-tuning): in-domain loss -3.1 nats, but
 # intent error +21 % and slot error +12 %: stage 2 was too short, the trap of an under-trained encoder. Seed 101
 # (1 x 32, 60 + 800, 400): -3.5 nats, intent +5 %, slots -3 %, SemER -1 %, intent in the left-out language -16 %.
+# As the presets are now, seeds 101 and 102: -3.7 and -3.4 nats; intent +5 and -13 %, slots +4 and -2 %; intermediate
+# against stage 1 -2 and -15 %, final student +10 and -14 %, transfer against scratch +3 and 0 %. Nothing but the loss
+# is of one sign: at 4.2 to 4.4 nats the miniature encoders are far from having learned the commands. Frozen encoders
+# were looked at on seed 0 only (SemER -12 %), which is therefore not among the judged seeds (1, 2, 3).
 # The margin of the relative changes is therefore the weakest there is, lower at all, fixed before any judging seed.
 CLAIMS: tuple[Claim, ...] = (
     _claim(
@@ -167,6 +174,7 @@ CLAIMS: tuple[Claim, ...] = (
         0.0,
     ),
     _claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", 0.0),
+    _claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", 0.0),
     _claim(
         "intermediate_beats_teacher",
         "The intermediate student of the in-domain teacher beats the larger public-text teacher: SemER",
