@@ -41,9 +41,10 @@ def row(name: str, net: nn.Module, config: Config, steps: int, guide: Guidance |
     }  # fmt: skip
 
 
-def bench(folder: Path, config: Config | None = None, *, count: int = 32) -> None:
+def bench(folder: Path, config: Config | None = None, *, count: int = 8) -> None:
     """Write sampling.csv: teacher, student (the same network: the same cost a step) and RGAS. A short distillation."""
-    config = config or Config(**{**PRESETS["quick"].__dict__, "steps": 5})
+    long = {"steps": 5, "length": 128, "nfe": (1, 2, 4, 8, 16, 32, 64, 128)}  # cost needs no more training than this
+    config = config or Config(**{**PRESETS["quick"].__dict__, **long})
     task = load_task(config, folder)
     student = distil_on_text(config, task, "didi", 0, None, progress=False)
     rows = []
