@@ -31,7 +31,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool = False) 
     how: dict[str, Any] = {"mesh": mesh, **({"mp_policy": policy} if policy else {})}
     for block in blocks:
         fully_shard(block, **how)
-    return fully_shard(model, **how)
+    fully_shard(model, **how)
+    return model
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -42,7 +43,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights on the CPU of rank 0, an empty dict elsewhere. Every rank has to call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
 
 
 def is_sharded(model: nn.Module) -> bool:
