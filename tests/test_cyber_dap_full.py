@@ -225,7 +225,7 @@ def test_the_benchmark_measures_packing_and_every_way_to_train(tmp_path):
     packed, padded = cyber_dap_bench.packing_cost([[5] * 7, [6] * 3, [7] * 8], 8, 1)
     # 7 + 1, 3 + 1, 8 + 1 places with a token in 8, 8 and 16 of them
     assert padded["share_real"] == pytest.approx(21 / 32) and padded["sequences"] == 4
-    assert packed["sequences"] == 2 and packed["share_real"] == 1
+    assert packed["sequences"] == 2 and packed["dropped"] == 21 - 2 * 8
 
 
 def test_the_notebook_runs_on_a_users_model_and_data(tmp_path, monkeypatch, capsys):

@@ -17,19 +17,18 @@ from workbench.evaluation.language import held_out_loss
 from workbench.lab import figures
 from workbench.lab.display import html_table
 from workbench.papers.cyber_dap import Adapted, Job, adapt, paired
-from workbench.papers.cyber_dap_material import Material
+from workbench.papers.cyber_dap_material import PARTS, Material
 
 
 def frontier(arms: Mapping[str, Mapping[str, Any]]) -> go.Figure:
-    """A dot an arm: domain loss gained (y) against general loss given up (x), both in nats against the base."""
-    base = arms["base"]
+    """A mark an arm: domain loss gained (y) against general loss given up (x), both in nats against the base."""
+    base, symbols = arms["base"], ("circle", "diamond", "square")
     figure = figures.blank("what each arm gains and what it forgets", "forgetting: rise of the general loss (nats)",
-                           "gain: fall of the loss on unseen security pages (nats)")  # fmt: skip
+                           "gain: fall of the security loss (nats)")  # fmt: skip
     for i, (name, m) in enumerate(arms.items()):
         figure.add_scatter(
-            x=[m["nll general"] - base["nll general"]], y=[base["nll domain"] - m["nll domain"]], mode="markers+text",
-            text=[html.escape(name)], textposition="top center", showlegend=False,
-            marker={"size": 12, "color": figures.PALETTE[i % len(figures.PALETTE)]},
+            x=[m["nll general"] - base["nll general"]], y=[base["nll domain"] - m["nll domain"]], mode="markers",
+            name=name, marker={"size": 13, "color": figures.PALETTE[i % 8], "symbol": symbols[i // 8]},
         )  # fmt: skip
     return figure
 
@@ -54,7 +53,8 @@ def _accuracy(figure: go.Figure, tokens: Sequence[int], points: Sequence[float])
     figure.add_scatter(x=list(tokens), y=list(points), name="accuracy on trained pages (right axis)", yaxis="y2",
                        mode="lines+markers", line={"dash": "dot", "color": figures.PALETTE[2]})  # fmt: skip
     return figure.update_layout(
-        yaxis2={"overlaying": "y", "side": "right", "title": "accuracy (points)", "range": [0, 100], "showgrid": False},
+        yaxis2={"overlaying": "y", "side": "right", "title": "accuracy (points)", "range": [0, 100], "showgrid": False,
+                "tickvals": [0, 25, 50, 75, 100]},
         legend={"orientation": "h", "y": -0.25}, margin_r=80,
     )  # fmt: skip
 
@@ -175,6 +175,18 @@ def gains(before: Mapping[str, Any], after: Mapping[str, Any]) -> HTML:
         rows.append([html.escape(str(c)) for c in cells])
     header = ["questions", "n", "before (points)", "after", "gain, 95 % bootstrap", "fixed", "broken", "McNemar p"]
     return html_table(header, rows)
+
+
+def scorers(arms: Mapping[str, Mapping[str, Any]]) -> HTML:
+    """Each arm that was asked for letters: accuracy by every scorer, averaged over the security sets, in points."""
+    ways = {"channel": "", "letter likelihood": ", letter likelihood", "generated": ", generated",
+            "unreadable": ", unparsable"}  # fmt: skip
+    rows = []
+    for arm, m in arms.items():
+        if any(f"{part}, generated" in m for part in PARTS):
+            sets = [part for part in PARTS if part in m]
+            rows.append([arm, *(f"{sum(m[part + end] for part in sets) / len(sets):.1f}" for end in ways.values())])
+    return html_table(["arm", *(f"{way} (points)" for way in ways)], [[html.escape(c) for c in row] for row in rows])
 
 
 def updates(before: Any, after: Any) -> go.Figure:

@@ -1,5 +1,6 @@
 """Causal language models of transformers: small ones made here, released ones loaded; what of them trains; LoRA."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,16 @@ def with_lora(model: Any, rank: int, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         spec = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(model, spec)
+        with warnings.catch_warnings():  # peft asks transformers by a name that is about to go
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, spec)
 
 
 def recompute_activations(model: Any) -> None:
     """Activation checkpointing: memory for time. Inputs must carry gradients: frozen embeddings cut them off."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():  # the newer name is not in every version this library takes
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.config.use_cache = False
 

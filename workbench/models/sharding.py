@@ -5,7 +5,7 @@ A model that went through `shard` trains in `fit` like any other. It resumes on 
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,8 +43,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights on the CPU of rank 0, an empty dict elsewhere. Every rank has to call it."""
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return cast(dict[str, Tensor], whole)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
 
 
 def is_sharded(model: nn.Module) -> bool:

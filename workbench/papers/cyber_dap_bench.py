@@ -49,13 +49,15 @@ def training_cost(base: str, window: torch.Tensor, repeats: int = 3) -> list[dic
 
 
 def packing_cost(documents: list[list[int]], length: int, eos: int) -> list[dict[str, Any]]:
-    """Rows {"layout", "sequences", "share_real"}: the share of a batch's places that hold a token of a document."""
+    """Rows {"layout", "sequences", "share_real", "dropped"}: the share of a batch's places that hold a document's token
+    or its end, and the tokens of the last, incomplete window, which packing leaves out."""
     stream = pack(documents, eos)
-    windows = (len(stream) - 1) // length
+    windows = Windows(stream, length, 1, 0).count
     padded, real = pad(documents, length, eos)
+    kept = windows * length
     return [
-        {"layout": "packed", "sequences": windows, "share_real": windows * length / (windows * length)},
-        {"layout": "padded", "sequences": len(padded), "share_real": real.float().mean().item()},
+        {"layout": "packed", "sequences": windows, "share_real": 1.0, "dropped": len(stream) - 1 - kept},
+        {"layout": "padded", "sequences": len(padded), "share_real": real.float().mean().item(), "dropped": 0},
     ]
 
 

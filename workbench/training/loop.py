@@ -172,8 +172,8 @@ def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     ordered: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, own in state.items():
-        own.update({k: sharding.like(ordered[number], v) for k, v in own.items() if isinstance(v, Tensor)})
+    for position, own in state.items():
+        own.update({k: sharding.like(ordered[position], v) for k, v in own.items() if isinstance(v, Tensor)})
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
