@@ -1,6 +1,7 @@
 """Jobs side by side: in the order asked for, equal to one after another, and an error that names itself."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -22,6 +23,10 @@ def fails_at_three(x):
     return x
 
 
+def interrupted(x):
+    return signal.getsignal(signal.SIGINT)
+
+
 def dies(x):
     os._exit(9)
 
@@ -32,6 +37,10 @@ def test_results_come_in_the_order_asked_for_from_one_thread_workers(tmp_path):
     assert [r[0] for r in found] == [x * x for x in range(8)]
     assert {r[1] for r in found} == {1} and os.getpid() not in {r[2] for r in found}
     assert '"done": 8, "total": 8' in (tmp_path / "progress.json").read_text()
+
+
+def test_an_interrupt_ends_workers_without_a_traceback():
+    assert map_jobs(interrupted, [1, 2], workers=2) == [signal.SIG_DFL] * 2
 
 
 def test_one_worker_or_one_item_runs_here_the_dearest_first():

@@ -1,6 +1,7 @@
 """Many small independent jobs on a few CPU cores: worker processes, one bar, results in the order asked for."""
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,8 @@ from workbench.training.record import Record
 
 
 def _quiet_worker() -> None:
+    # an interrupt of the whole group ends a worker without its traceback; the parent tells of it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)  # two threads on a shared core are several times slower than one
 
 
@@ -63,6 +66,9 @@ def map_jobs(
         try:
             for future in as_completed(futures):
                 finished(futures[future], future.result())
+        except KeyboardInterrupt:
+            _pool.cache_clear()  # its workers got the interrupt too
+            raise
         except BrokenProcessPool:
             _pool.cache_clear()
             raise WorkbenchError(
