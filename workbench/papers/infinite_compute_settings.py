@@ -73,7 +73,7 @@ OPTIMA: dict[tuple[int, str], Optima] = {
     (8 * D0, "300M"): _paper("16,3e-3", "32,1e-3,.4"),
     (8 * D0, "600M"): _paper("8,3e-3", "16,1e-3,.8"),
     (8 * D0, "1.4B"): _paper("4,1e-3", "8,1e-3,.8"),
-    # ours: 8,192 and 32,768 certified by `search` (tune half of shuffle 100, seed 100); members are tuned at 16,384 only
+    # ours: 8,192 and 32,768 certified by `search` (shuffle 100, seed 100); members are tuned at 16,384 only
     (8_192, "d32"): _paper("32,3e-3", "32,1e-2,3.2"),
     (8_192, "d48"): _paper("32,3e-2", "32,3e-2,3.2"),
     (8_192, "d64"): _paper("16,1e-2", "32,1e-2,6.4"),
