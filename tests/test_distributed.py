@@ -12,7 +12,7 @@ from workbench.training.loop import Recipe, fit, step_seed
 from workbench.training.record import Record
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 from torch import nn
 from workbench.training.loop import Recipe, fit
 from workbench.training.record import Record
@@ -21,9 +21,9 @@ model = nn.Linear(3, 1)
 recipe = Recipe(steps=int(sys.argv[2]), save_every=4, log_every=1, seed=5)
 fitted = fit(model, lambda m, x: {"loss": m(x).square().mean()}, lambda g: torch.randn(4, 3, generator=g), recipe,
              name="ddp", record=Record(sys.argv[1]), progress=False)
-import os
 torch.save(fitted.model.state_dict(), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # all is written: gloo's threads, torn down at exit, may abort a rank that has finished
 """
 
 
