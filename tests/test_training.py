@@ -16,14 +16,16 @@ from torch import nn
 
 from workbench.errors import WorkbenchError
 from workbench.training import checkpoint
-from workbench.training.loop import NonFiniteError, Recipe, adamw, fit, step_seed
+from workbench.training.loop import Recipe, adamw, fit, step_seed
 from workbench.training.record import Record
+from workbench.training.state import NonFiniteError
 
 TRAINEE = """
 import sys, time, torch
 from torch import nn
 from workbench.training.loop import Recipe, fit
 from workbench.training.record import Record
+from workbench.training.state import NonFiniteError
 
 def train(folder, pause=0.0, **changes):
     torch.manual_seed(7)

@@ -12,8 +12,9 @@ from torch import nn
 
 from workbench.errors import WorkbenchError
 from workbench.training import checkpoint
-from workbench.training.loop import Auxiliary, NonFiniteError, Recipe, fit
+from workbench.training.loop import Auxiliary, Recipe, fit
 from workbench.training.record import Record
+from workbench.training.state import NonFiniteError
 
 # a generator that must match a Gaussian, and a critic that tells the two apart: neither learns without the other
 TRAINEE = """
@@ -21,6 +22,7 @@ import sys, time, torch
 from torch import nn
 from workbench.training.loop import Auxiliary, Recipe, fit
 from workbench.training.record import Record
+from workbench.training.state import NonFiniteError
 
 def networks():
     torch.manual_seed(5)

@@ -26,6 +26,7 @@ from workbench.errors import WorkbenchError
 from workbench.models import sharding
 from workbench.training import checkpoint
 from workbench.training.record import Record
+from workbench.training.state import NonFiniteError, finite_weights, load_weights, pack_optimizer, unpack_optimizer
 
 LossFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
@@ -37,10 +38,6 @@ class IndexedBatches(Protocol):
 
 
 BatchFn = Callable[[torch.Generator], Any] | IndexedBatches
-
-
-class NonFiniteError(WorkbenchError):
-    """The loss or a weight became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -148,62 +145,6 @@ def _accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=precision)
 
 
-def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and buffers, all a checkpoint needs: frozen weights come from where the model came from."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: t for name, t in model.state_dict().items() if name not in frozen}
-
-
-def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors "index.key" and the rest as JSON."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{key}"] = (
-                sharding.local(value) if isinstance(value, Tensor) else value
-            )
-    return tensors, rest
-
-
-def _unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **rest}.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    ordered: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    for position, own in state.items():
-        own.update({k: sharding.like(ordered[position], v) for k, v in own.items() if isinstance(v, Tensor)})
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _finite_state(model: nn.Module, step: int, owner: str = "") -> dict[str, Tensor]:
-    """What a checkpoint keeps of a network. Raises NonFiniteError."""
-    weights = {name: sharding.local(t) for name, t in _trainable_state(model).items()}
-    for name, t in weights.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            raise NonFiniteError(
-                f"weight {owner}{name} is not finite after step {step}; no checkpoint was written of it"
-            )
-    return weights
-
-
-def _load_weights(model: nn.Module, saved: checkpoint.Checkpoint, part: str) -> None:
-    state: dict[str, Tensor] = saved.parts[part]
-    if sharding.is_sharded(model):
-        own = model.state_dict()
-        state = {name: sharding.like(own[name], t) if name in own else t for name, t in state.items()}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {line}") from None
-    lost = set(missing) & set(_trainable_state(model))
-    if lost or unexpected:
-        name = sorted(lost or unexpected)[0]
-        raise checkpoint.CheckpointError(f"{saved.path} does not fit this model: {name} is in one of them only")
-
-
 class _Side:
     """The moving parts of one auxiliary network in a session."""
 
@@ -252,17 +193,17 @@ class _Session:
             vars(bare).pop("forward", None)  # accelerate leaves the bound method behind on the instance
 
     def save(self, folder, step: int) -> None:
-        weights = _finite_state(self.bare, step)
-        others = {side.part: _finite_state(side.bare, step, f"{side.name}/") for side in self.sides}
+        weights = finite_weights(self.bare, step)
+        others = {side.part: finite_weights(side.bare, step, f"{side.name}/") for side in self.sides}
         if self.accelerator.is_main_process or self.sharded:
-            tensors, rest = _pack_optimizer(self.inner)
+            tensors, rest = pack_optimizer(self.inner)
             parts = {"model": weights, "optimizer": tensors, **others}
             if self.ema is not None:
                 parts["ema"] = self.ema.state_dict()
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             auxiliaries = {}
             for side in self.sides:
-                parts[f"{side.part}-optimizer"], own = _pack_optimizer(side.inner)
+                parts[f"{side.part}-optimizer"], own = pack_optimizer(side.inner)
                 auxiliaries[side.name] = {"settings": side.spec.settings(), "optimizer": own}
             state = {
                 "recipe": asdict(self.recipe), "optimizer": rest, "scaler": scaler, "seconds": self.seconds,
@@ -285,12 +226,12 @@ class _Session:
                 f"{saved.path} belongs to a training with other auxiliary networks ({theirs or 'none'}); use a new run "
                 "folder"
             )
-        _load_weights(self.bare, saved, "model")
-        _unpack_optimizer(self.inner, saved.parts["optimizer"], saved.state["optimizer"])
+        load_weights(self.bare, saved, "model")
+        unpack_optimizer(self.inner, saved.parts["optimizer"], saved.state["optimizer"])
         for side in self.sides:
-            _load_weights(side.bare, saved, side.part)
+            load_weights(side.bare, saved, side.part)
             rest = saved.state["auxiliaries"][side.name]["optimizer"]
-            _unpack_optimizer(side.inner, saved.parts[f"{side.part}-optimizer"], rest)
+            unpack_optimizer(side.inner, saved.parts[f"{side.part}-optimizer"], rest)
         if self.ema is not None:
             self.ema.load_state_dict(saved.parts["ema"])
         if self.accelerator.scaler and saved.state["scaler"]:
