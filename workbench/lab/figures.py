@@ -25,7 +25,7 @@ TEMPLATE = go.layout.Template(
         xaxis={"gridcolor": "#e6e6e6", "linecolor": "#888", "zeroline": False, "ticks": "outside", "automargin": True},
         yaxis={"gridcolor": "#e6e6e6", "linecolor": "#888", "zeroline": False, "ticks": "outside", "automargin": True},
         legend={"bgcolor": "rgba(255,255,255,0.7)"},
-        margin={"l": 70, "r": 20, "t": 50, "b": 60},
+        margin={"l": 70, "r": 20, "t": 50, "b": 72},
         height=HEIGHT,
     )
 )
