@@ -236,10 +236,11 @@ def labels_view(measured: Mapping[int, Any], *, score: str, test: str, labels: i
             curves[name] = ([*counts, labels], [*y, full])
     if not curves:
         raise WorkbenchError("this run has one number of labels: set label_counts to smaller ones")
+    every = sorted({x for xs, _ in curves.values() for x in xs})
     return figures.lines(
         curves, title=f"{SCORES[score]} on {test} against labels", x="labelled utterances a language",
         y=f"{SCORES[score]} (%)", log_x=True,
-    )  # fmt: skip
+    ).update_xaxes(tickvals=every, ticktext=list(map(str, every)))  # fmt: skip
 
 
 def losses_view(measured: Mapping[int, Any]) -> go.Figure:
