@@ -194,9 +194,9 @@ def size_view(measured: Mapping[int, Any], *, score: str, test: str, count: str)
             text = ARMS[name].text if ARMS[name].teacher is None else f"{ARMS[name].text}, distilled"
             found.setdefault(text, []).append((arm["parameters"][count], float(np.mean(seeds)), name))
     for i, (text, dots) in enumerate(sorted(found.items())):
-        x, y, _ = zip(*sorted(dots), strict=True)
+        xs, ys, _ = zip(*sorted(dots), strict=True)
         figure.add_scatter(
-            x=x, y=y, mode="markers", name=text, marker={"size": 11, "color": figures.PALETTE[i]}, cliponaxis=False
+            x=xs, y=ys, mode="markers", name=text, marker={"size": 11, "color": figures.PALETTE[i]}, cliponaxis=False
         )
     every = sorted(dot for dots in found.values() for dot in dots)
     sizes, errors = [dot[0] for dot in every], [dot[1] for dot in every]
