@@ -104,7 +104,7 @@ def test_hidden_states_are_matched_layer_by_layer_when_asked(world):
         and paper.layer_map(3, 3) == [0, 1, 2]
     )
     student, teacher, batch = encoder(world), encoder(world, "mini-2.3B", 1), batch_of(world)
-    s, t = MaskedEncoder(student, hidden=True, teacher_width=48), MaskedEncoder(teacher, hidden=True)
+    s, t = MaskedEncoder(student, hidden=True, teacher_width=64), MaskedEncoder(teacher, hidden=True)
     losses = paper.pretraining_losses(s, t, batch, override(CONFIG, {"hidden": 0.5}))
     with torch.no_grad():
         h = student.base_model(batch["ids"], batch["attention"], output_hidden_states=True).hidden_states[1:]
@@ -342,8 +342,9 @@ def verdicts(config, public, folder, seeds=3):
 def test_counts_are_taken_twice(world):
     net = encoder(world, "mini-170M")
     counts = parameter_counts(net)
-    layer = 4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32  # attention, feed-forward, two norms
-    assert counts["non-embedding"] == layer + 64
-    assert counts["total"] == counts["non-embedding"] + 800 * 32 + net.config.max_position_embeddings * 32 + 32 + (
-        32 * 32 + 32 + 2 * 32 + 800
+    d = 40
+    layer = 4 * (d * d + d) + 2 * d * 4 * d + 4 * d + d + 4 * d  # attention, feed-forward, two norms
+    assert counts["non-embedding"] == layer + 2 * d
+    assert counts["total"] == counts["non-embedding"] + 800 * d + net.config.max_position_embeddings * d + d + (
+        d * d + d + 2 * d + 800
     ) + net.lm_head.bias.numel() * (net.lm_head.bias is not net.lm_head.decoder.bias)  # fmt: skip
