@@ -21,14 +21,15 @@ def _claim(
     return Claim(id, sentence, figure, source, id, unit, direction, margin)
 
 
-# What tuning seeds gave. Seed 100 (2 x 48 teacher, 150 + 350 steps, 200 of fine-tuning): in-domain loss -3.1 nats, but
-# intent error +21 % and slot error +12 %: stage 2 was too short, the trap of an under-trained encoder. Seed 101
-# (1 x 32, 60 + 800, 400): -3.5 nats, intent +5 %, slots -3 %, SemER -1 %, intent in the left-out language -16 %.
-# As the presets are now, seeds 101 and 102: -3.7 and -3.4 nats; intent +5 and -13 %, slots +4 and -2 %; intermediate
-# against stage 1 -2 and -15 %, final student +10 and -14 %, transfer against scratch +3 and 0 %. Nothing but the loss
-# is of one sign: at 4.2 to 4.4 nats the miniature encoders are far from having learned the commands. Frozen encoders
-# were looked at on seed 0 only (SemER -12 %), which is therefore not among the judged seeds (1, 2, 3).
-# The margin of the relative changes is therefore the weakest there is, lower at all, fixed before any judging seed.
+# What tuning gave, seeds 100 and 101 alone. One grid of rates, 2e-3, 4e-3 and 8e-3, seed 100, 800 steps: the teacher's
+# held-out in-domain loss at half the tokens masked 2.92, 2.72 and 3.24 nats (at 15 % masked 2.57, 2.34 and 2.95), so
+# 4e-3; fine-tuning on 150 labels, SemER of stage 2 (4e-3) 50, 57 and 67 %, of 300 steps of stage 1 84, 87 and 95 %, so
+# 2e-3. The students' own grid was not run: they take the teacher's rate, every one of them.
+# Seed 101, every arm, 150 labels, fine-tuning still at 4e-3: in-domain loss -6.1 nats; intent +7 %, slots -19 %, frozen
+# -27 %; intermediate -17 % and final student -1 % against the teacher of public text; teacher's text -13 %, student's
+# text -8 %, distilled -14 %, intermediate helps -5 %, same size -17 %, transfer -17 %; written text 3.0 nats lost, and
+# 0.3 not kept by the mix. Margins: the paper's size for intent, slots and intermediate, a third to a half of the seed's
+# value elsewhere, no margin (lower at all) for the two smallest. The presets' 120 labels have had no tuning run.
 CLAIMS: tuple[Claim, ...] = (
     _claim(
         "indomain_loss",
@@ -37,7 +38,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Stage 2 pre-training",
         "nats",
         "<=",
-        -0.5,
+        -3.0,
     ),
     _claim(
         "stage2_intent",
@@ -46,10 +47,10 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract",
         "%",
         "<=",
-        0.0,
+        -3.86,
     ),
-    _claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", 0.0),
-    _claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", 0.0),
+    _claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", -7.01),
+    _claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", -10.0),
     _claim(
         "intermediate_beats_teacher",
         "The intermediate student of the in-domain teacher beats the larger public-text teacher: SemER",
@@ -57,7 +58,7 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract",
         "%",
         "<=",
-        0.0,
+        -3.0,
     ),
     _claim(
         "student_beats_teacher",
@@ -75,7 +76,7 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract (another baseline)",
         "%",
         "<=",
-        0.0,
+        -4.0,
     ),
     _claim(
         "indomain_text",
@@ -84,7 +85,7 @@ CLAIMS: tuple[Claim, ...] = (
         "distillation data",
         "%",
         "<=",
-        0.0,
+        -4.0,
     ),
     _claim(
         "distilled",
@@ -93,7 +94,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Section on distillation",
         "%",
         "<=",
-        0.0,
+        -5.0,
     ),
     _claim(
         "intermediate_helps",
@@ -111,7 +112,7 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract (public models 2.5 to 5 times the size)",
         "%",
         "<=",
-        0.0,
+        -5.0,
     ),
     _claim(
         "transfer",
@@ -120,7 +121,25 @@ CLAIMS: tuple[Claim, ...] = (
         "cross-lingual transfer",
         "%",
         "<=",
-        0.0,
+        -5.0,
+    ),
+    _claim(
+        "written_lost",
+        "Public text in spoken form alone unlearns written text: held-out written loss, all spoken minus 70 % spoken",
+        "no figure",
+        "spoken-form mix (70 %)",
+        "nats",
+        ">=",
+        1.0,
+    ),
+    _claim(
+        "written_kept",
+        "The mix keeps written text: held-out written loss, 70 % spoken minus nothing spoken",
+        "no figure",
+        "spoken-form mix (70 %)",
+        "nats",
+        "<=",
+        0.6,
     ),
 )
 
