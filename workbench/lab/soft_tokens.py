@@ -178,6 +178,43 @@ def learning(measured: Mapping[tuple[str, int], Mapping[str, Any]]) -> go.Figure
     return figures.lines(curves, title="greedy validation, own mode", x="optimiser step", y="share right")
 
 
+def term_norms(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
+    """Gradient norms of the objective's two terms while an arm trains; steps: arm -> its logged steps."""
+    curves = {}
+    for arm, rows in steps.items():
+        logged = [r for r in rows if "thought_norm" in r]
+        for term, words in (("thought", "log density of the chain"), ("answer", "answer")):
+            norms = [max(r[f"{term}_norm"], 1e-6) for r in logged]  # a step without a reward has none
+            curves[f"{arm}: {words}"] = ([r["step"] for r in logged], norms)
+    if not any(xs for xs, _ in curves.values()):
+        raise WorkbenchError("no gradient norm was logged: train with norms=true")
+    return figures.lines(
+        curves, title="gradient norm of both terms of the objective, before clipping", x="optimiser step",
+        y="gradient norm", log_y=True, markers=False,
+    )  # fmt: skip
+
+
+def noise_sweep(config: Config, measured: Mapping[tuple[str, int], Mapping[str, Any]]) -> go.Figure:
+    """Greedy validation, hard tokens, against the noise factor: soft arms that differ in it alone, mean over seeds."""
+    usual, points = config.mode("soft"), {}
+    for arm, runs in by_arm(measured).items():
+        mode = config.mode(arm)  # type: ignore[arg-type]
+        if replace(mode, factor=usual.factor) == usual:
+            trails = [[r for r in m["trail"] if r["step"] > 0] for m in runs]
+            kept = [max(t, key=lambda r: (r["own"], r["step"]))["hard"] for t in trails]
+            points[mode.factor] = float(np.mean(kept)), float(np.mean([t[-1]["hard"] for t in trails]))
+    if not points:
+        raise WorkbenchError("no arm with soft tokens was trained: there is no noise to sweep")
+    factors = sorted(points)
+    before = [m["trail"][0]["hard"] for (arm, _), m in measured.items() if arm == "soft"]
+    return figures.lines(
+        {name: (factors, [points[f][i] for f in factors]) for i, name in enumerate(("kept step", "last step"))},
+        title="soft training against its noise (hard inference)", x="noise factor, in units of the embeddings' rms",
+        y="greedy validation, share right", levels={"base model": float(np.mean(before))} if before else None,
+        log_x=True,
+    )  # fmt: skip
+
+
 def mode_names(config: Config, *, sampled: bool) -> list[str]:
     """Names of the six test modes that sample (or not)."""
     return [name for name in six_modes(config) if name.endswith("sample") == sampled]
