@@ -23,7 +23,8 @@ from workbench.models.masked_lm import check_vocabulary, load_masked_lm, save_ma
 from workbench.models.mdlm_dit import load_mdlm, save_mdlm
 from workbench.models.transformer import DecoderLM, LMConfig, from_llama, llama_config, to_llama
 from workbench.papers import didi_instruct_exact as listed
-from workbench.papers.didi_instruct import Guidance, Student, distil, sdtt, variant_parts
+from workbench.papers.didi_instruct import Guidance, Student, distil, variant_parts
+from workbench.papers.didi_instruct_sdtt import sdtt
 from workbench.papers.didi_instruct_settings import REFERENCE, Config
 from workbench.training.loop import Recipe, fit, step_seed
 from workbench.training.pool import map_jobs
