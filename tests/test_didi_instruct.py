@@ -368,7 +368,7 @@ def test_sdtt_targets_are_the_teachers_two_steps(student):
         ({"nfe": [0, 4]}, "nfe: from 1 to the length 16, got"), ({"nfe": [64]}, "nfe: from 1 to the length 16"),
         ({"temperatures": [1.0, -0.5]}, "temperatures: each above 0"), ({"prompt": "  "}, "prompt: some text"),
         ({"temperatures": [0.5, 0.7]}, "1 must be among them"),
-        ({"batch": 30}, "a multiple of the group 4, got 30"), ({"packages": []}, "at least 1 item"),
+        ({"batch": 30}, "a multiple of the group 64, got 30"), ({"packages": []}, "at least 1 item"),
         ({"packages": ["pandas"]}, None), ({"vocabulary": 256}, None), ({"model": "a/b"}, "needs data, tokenizer"),
     ],
 )  # fmt: skip
