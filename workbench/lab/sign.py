@@ -199,7 +199,7 @@ def memorised(student: Student, world: World, *, count: int = 8, seed: int = 0) 
     gaps = torch.cdist(x.flatten(1), world.images.train.flatten(1))
     order = gaps.amin(1).argsort()[:count]
     pairs = torch.cat([x[order], world.images.train[gaps[order].argmin(1)]])
-    title = f"closest {count} of 200 samples (above) and their nearest training images (below)"
+    title = "samples closest to training images (above), and these (below)"
     return figures.image_grid(to_unit(pairs), columns=count, title=title, scale=max(1, 56 // x.shape[-1]))
 
 
