@@ -204,6 +204,25 @@ def test_a_frozen_encoder_stays_and_an_unfrozen_one_moves(world):
     assert all(torch.equal(v, before[k]) for k, v in encoder_of(net).state_dict().items())  # a copy was tuned
 
 
+def test_fewer_labels_are_the_first_of_each_language(world, monkeypatch):
+    """The curve over labels: a small set lies inside every larger one, and nothing else about a batch differs."""
+    seen = {}
+
+    def spy(model, loss_fn, batch_fn, recipe, *, name, **kw):
+        seen[name] = ({tuple(row) for s in range(30) for row in rows(batch_fn, s)}, recipe)
+
+    def rows(batch_fn, s):
+        return [[i for i in row if i != pad] for row in batch_fn(torch.Generator().manual_seed(s))["ids"].tolist()]
+
+    monkeypatch.setattr(paper, "fit", spy)
+    pad, data = world.vocabulary.pad, world.encoded["labelled"]
+    for count in (5, 12, None):
+        paper.fine_tune(CONFIG, world, encoder(world), seed=0, labels=count, name=str(count))
+    allowed = {tuple(i for i in row if i != pad) for row in data.ids[:5].tolist()}  # one language has labels here
+    assert seen["5"][0] == allowed < seen["12"][0] < seen["None"][0]
+    assert seen["5"][1] == seen["None"][1]
+
+
 def test_distillation_resumes_bit_equal(world, tmp_path):
     teacher = encoder(world, "mini-170M", 1)
 
@@ -248,7 +267,8 @@ def test_distillation_resumes_bit_equal(world, tmp_path):
 @pytest.fixture(scope="module")
 def run(public, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = override(CONFIG, {"arms": ["stage 1 continued", "via intermediate", "scratch"], "frozen": ["stage 2"]})
+    config = override(CONFIG, {"arms": ["stage 1 continued", "via intermediate", "scratch"], "frozen": ["stage 2"],
+                               "label_counts": [10, 40], "label_arms": ["stage 2"]})  # fmt: skip
     record = Record(folder)
     measured = paper.study(config, folder, record, 7, public)
     return config, folder, record, measured
@@ -260,6 +280,9 @@ def test_a_study_measures_saves_and_is_not_repeated(run, public):
     assert set(arms) == {"stage 1", "stage 1 continued", "stage 2", "intermediate", "via intermediate", "scratch"}
     assert set(arms["stage 2"]["tuned"]) == {"covered", "novel", "left out"} == set(arms["stage 2"]["frozen"])
     assert "frozen" not in arms["scratch"] and arms["scratch"]["parameters"]["non-embedding"] < 5000
+    # fewer labels than all, and no second training on all of them
+    assert list(arms["stage 2"]["labels"]) == ["10"] and "labels" not in arms["scratch"]
+    assert set(arms["stage 2"]["labels"]["10"]) == {"covered", "novel", "left out"}
     low, high = measured[7]["changes"]["stage 2 / stage 1 continued"]
     assert low <= high
     results = {r["measure"] for r in record.records("result")}

@@ -147,7 +147,7 @@ def test_the_bench_measures_teacher_and_students(tmp_path, monkeypatch, capsys):
 
 
 def test_the_panels_draw_from_a_run(tmp_path):
-    config = override(TINY, {"languages": ["en", "es"], "left_out": "es", "frozen": ["stage 2"]})
+    config = override(TINY, {"languages": ["en", "es"], "left_out": "es", "frozen": ["stage 2"], "label_counts": [8]})
     public = public_text(config.languages, english=0, lines=40)
     measured = paper.study(config, tmp_path, Record(tmp_path), 0, public)
     world = load_world(config, 0, public)
@@ -166,12 +166,32 @@ def test_the_panels_draw_from_a_run(tmp_path):
     assert sum(map(sum, confusion.data[0].z)) == len(world.tests["covered"])
     assert panels.errors_view(measured, score="semer", test="left out").data
     assert panels.changes_view(measured, 0).data is not None and panels.losses_view(measured).data
-    assert panels.size_view(measured, score="slots", test="covered", count="total").data
+    size = panels.size_view(measured, score="slots", test="covered", count="total")
+    assert sorted(a.text for a in size.layout.annotations) == sorted(measured[0]["arms"])
+    curve = panels.labels_view(measured, score="semer", test="covered", labels=24)
+    assert {line.name: line.x for line in curve.data} == {"stage 2": (8, 24), "via intermediate": (8, 24)}
+    assert curve.data[0].y[-1] == 100 * measured[0]["arms"]["stage 2"]["tuned"]["covered"]["semer"]
     assert len(panels.shapes_table().data[0].cells["values"][0]) == 7
-    for draw, line in ((lambda: panels.errors_view(measured, score="semer", test="x"), "no tuned encoders scored on"),
+    few = {0: {"arms": {"scratch": {"tuned": {}}}}}
+    for draw, line in ((lambda: panels.labels_view(few, score="semer", test="covered", labels=24), "one number of"),
+                       (lambda: panels.errors_view(measured, score="semer", test="x"), "no tuned encoders scored on"),
                        (lambda: panels.confusion_view(models, world, "stage 2", "x"), "no test set 'x'")):  # fmt: skip
         with pytest.raises(WorkbenchError, match=line):
             draw()
+
+
+def test_names_of_equal_encoders_do_not_cover_each_other():
+    """Eight encoders of one size with nearly one error: every name a line's height from the next, in their order."""
+    arms = {
+        name: {"tuned": {"covered": {"semer": 0.5 + 0.001 * i}}, "parameters": {"total": 100 if i else 900}}
+        for i, name in enumerate(paper.ARMS)
+    }
+    figure = panels.size_view({0: {"arms": arms}}, score="semer", test="covered", count="total")
+    low, high = figure.layout.yaxis.range
+    # where a name stands, in pixels from below
+    stands = sorted((380 * (a.y - low) / (high - low) - a.ay, a.y) for a in figure.layout.annotations if a.x == 2)
+    assert all(b[0] - a[0] > 12 and b[1] > a[1] for a, b in zip(stands, stands[1:], strict=False))
+    assert len(stands) == len(arms) - 1 and stands[-1][0] <= 380
 
 
 def test_the_presets_are_runnable_configs():

@@ -194,10 +194,53 @@ def size_view(measured: Mapping[int, Any], *, score: str, test: str, count: str)
             text = ARMS[name].text if ARMS[name].teacher is None else f"{ARMS[name].text}, distilled"
             found.setdefault(text, []).append((arm["parameters"][count], float(np.mean(seeds)), name))
     for i, (text, dots) in enumerate(sorted(found.items())):
-        x, y, names = zip(*sorted(dots), strict=True)
-        figure.add_scatter(x=x, y=y, text=names, textposition="top center", mode="markers+text", name=text,
-                           marker={"size": 11, "color": figures.PALETTE[i]})  # fmt: skip
-    return figure.update_layout(height=520)
+        xs, ys, _ = zip(*sorted(dots), strict=True)
+        figure.add_scatter(
+            x=xs, y=ys, mode="markers", name=text, marker={"size": 11, "color": figures.PALETTE[i]}, cliponaxis=False
+        )
+    every = sorted(dot for dots in found.values() for dot in dots)
+    sizes, errors = [dot[0] for dot in every], [dot[1] for dot in every]
+    # names stand beside their dots in a column of their own, a line's height apart, so that none covers another
+    low, high = 0.9 * min(errors), max(1.1 * max(errors), 1.0)
+    pixel = (high - low) / 380
+    for size in sorted(set(sizes)):
+        column = [(y, name) for x, y, name in every if x == size]
+        places = [y for y, _ in column]
+        for i in range(1, len(places)):
+            places[i] = max(places[i], places[i - 1] + 17 * pixel)
+        places[-1] = min(places[-1], high - 9 * pixel)
+        for i in range(len(places) - 2, -1, -1):
+            places[i] = min(places[i], places[i + 1] - 17 * pixel)
+        for (y, name), place in zip(column, places, strict=True):
+            figure.add_annotation(
+                x=np.log10(size), y=y, text=name, ax=24, ay=(y - place) / pixel, xanchor="left", showarrow=True,
+                arrowhead=0, arrowwidth=1, arrowcolor="#aaa", standoff=7, font_size=12,
+            )  # fmt: skip
+    edge = [np.log10(min(sizes)) - 0.08, np.log10(max(sizes)) + 0.35]
+    figure.update_xaxes(range=edge).update_yaxes(range=[low, high])
+    return figure.update_layout(height=520, legend={"orientation": "h", "y": 1, "yanchor": "bottom"}, margin_t=90)
+
+
+def labels_view(measured: Mapping[int, Any], *, score: str, test: str, labels: int) -> go.Figure:
+    """Error against labelled utterances a language, a line an encoder, mean over seeds; `labels` is their full number.
+
+    Raises WorkbenchError for a run that fine-tuned on one number of labels alone.
+    """
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for name, arm in next(iter(measured.values()))["arms"].items():
+        if arm.get("labels"):
+            seeds = [m["arms"][name] for m in measured.values()]
+            counts = sorted(int(n) for n in arm["labels"])
+            y = [float(np.mean([100 * own["labels"][str(n)][test][score] for own in seeds])) for n in counts]
+            full = float(np.mean([100 * own["tuned"][test][score] for own in seeds]))
+            curves[name] = ([*counts, labels], [*y, full])
+    if not curves:
+        raise WorkbenchError("this run has one number of labels: set label_counts to smaller ones")
+    every = sorted({x for xs, _ in curves.values() for x in xs})
+    return figures.lines(
+        curves, title=f"{SCORES[score]} on {test} against labels", x="labelled utterances a language",
+        y=f"{SCORES[score]} (%)", log_x=True,
+    ).update_xaxes(tickvals=every, ticktext=list(map(str, every)))  # fmt: skip
 
 
 def losses_view(measured: Mapping[int, Any]) -> go.Figure:
@@ -208,4 +251,5 @@ def losses_view(measured: Mapping[int, Any]) -> go.Figure:
         names = list(next(iter(measured.values()))["arms"])
         y = [float(np.mean([m["arms"][n]["nll"][text] for m in measured.values()])) for n in names]
         figure.add_bar(x=names, y=y, name=text, marker_color=figures.PALETTE[i])
-    return figure.update_layout(legend={"orientation": "h", "y": -0.15}, height=460)
+    # above the bars: names of encoders are slanted below them
+    return figure.update_layout(legend={"orientation": "h", "y": 1, "yanchor": "bottom"}, margin_t=90, height=460)

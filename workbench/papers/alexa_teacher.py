@@ -27,7 +27,6 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.understanding import (
     Understood,
     bootstrap_change,
-    relative_change,
     repaired,
     spans,
     understood,
@@ -45,12 +44,12 @@ from workbench.models.encoders import (
     save_encoder,
 )
 from workbench.papers.alexa_teacher_bench import bench
+from workbench.papers.alexa_teacher_claims import CLAIMS, COMPARED, claim_values
 from workbench.papers.alexa_teacher_settings import (
     ABOUT,
     ARMS,
     ARXIV,
     AUTHORS,
-    CLAIMS,
     NOTEBOOK,
     PRESETS,
     TITLE,
@@ -201,14 +200,17 @@ def held_out_nll(net: Any, rows: Tensor, world: World, rate: float, batch: int =
 
 
 def fine_tune(
-    config: Config, world: World, net: Any, *, seed: int, frozen: bool = False, name: str = "fine-tune",
-    record: Record | None = None, **loop: Any,
+    config: Config, world: World, net: Any, *, seed: int, frozen: bool = False, labels: int | None = None,
+    name: str = "fine-tune", record: Record | None = None, **loop: Any,
 ) -> IntentSlotModel:  # fmt: skip
     """Intent classification and slot filling on the labelled utterances, on a copy of the encoder.
 
-    Every encoder gets the same heads, batches and steps. frozen: only the heads learn.
+    Every encoder gets the same heads, batches and steps. frozen: only the heads learn. labels: the first so many
+    labelled utterances of each language (None: all).
     """
     data = world.encoded["labelled"]
+    tongues = [u.language for u in world.labelled]
+    kept = torch.tensor([i for i, own in enumerate(tongues) if labels is None or tongues[:i].count(own) < labels])
     model = IntentSlotModel(
         copy.deepcopy(encoder_of(net)), len(world.labels.intents), len(world.labels.tags), hidden=config.heads,
         pooling=config.pooling, frozen=frozen, seed=step_seed(seed, 0, 1),
@@ -219,7 +221,7 @@ def fine_tune(
     )  # fmt: skip
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(data), (config.tune_batch,), generator=generator)
+        rows = kept[torch.randint(len(kept), (config.tune_batch,), generator=generator)]
         ids = data.ids[rows]
         width = int((ids != world.vocabulary.pad).sum(1).max())
         return {"ids": ids[:, :width], "intents": data.intents[rows], "tags": data.tags[rows, :width]}
@@ -331,21 +333,20 @@ def measure_seed(job: Job) -> dict[str, Any]:
             measures[kind] = {test: u.scores() for test, u in scores.items()}
             if not frozen:
                 raw[name] = scores["covered"]
+        if name in config.label_arms:
+            measures["labels"] = {}
+            for count in (n for n in config.label_counts if n < config.labels):
+                tuned = fine_tune(
+                    config, world, net, seed=seed, labels=count, name=f"{name}, {count} labels", record=record,
+                    progress=False,
+                )  # fmt: skip
+                measures["labels"][str(count)] = {test: u.scores() for test, u in evaluate(tuned, world).items()}
         arms[name] = measures
     changes = {
         f"{new} / {base}": list(bootstrap_change(raw[new], raw[base], seed=seed))
         for new, base in COMPARED if new in raw and base in raw
     }  # fmt: skip
     return {"arms": arms, "changes": changes}
-
-
-# what is compared with what: (new, base) arms
-COMPARED: tuple[tuple[ArmName, ArmName], ...] = (
-    ("stage 2", "stage 1 continued"), ("intermediate", "stage 1 continued"), ("via intermediate", "stage 1 continued"),
-    ("direct", "stage 1 teacher"), ("direct", "public text"), ("direct", "MLM alone"),
-    ("via intermediate", "MLM alone"), ("via intermediate", "direct"), ("via intermediate", "stage 1 student"),
-    ("via intermediate", "scratch"),
-)  # fmt: skip
 
 
 def study(
@@ -367,35 +368,3 @@ def study(
         for measure, value in claim_values(measures["arms"]).items():
             record.result(measure, value, seed=s)
     return {s: known[s] for s in seeds}
-
-
-def claim_values(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The measures of CLAIMS that one seed's arms allow: relative changes in %, negative is better, and nats."""
-    out: dict[str, float] = {}
-
-    def change(measure: str, new: str, base: str, score: str = "semer", test: str = "covered", kind: str = "tuned"):
-        if all(name in arms and test in arms[name].get(kind, {}) for name in (new, base)):
-            out[measure] = relative_change(arms[new][kind][test][score], arms[base][kind][test][score])
-
-    if "stage 2" in arms and "stage 1 continued" in arms:
-        after, before = (arms[name]["nll"]["in-domain"] for name in ("stage 2", "stage 1 continued"))
-        out["indomain_loss"] = after - before
-    change("stage2_intent", "stage 2", "stage 1 continued", "intent")
-    change("stage2_slots", "stage 2", "stage 1 continued", "slots")
-    change("stage2_frozen", "stage 2", "stage 1 continued", kind="frozen")
-    change("intermediate_beats_teacher", "intermediate", "stage 1 continued")
-    change("student_beats_teacher", "via intermediate", "stage 1 continued")
-    change("indomain_teacher", "direct", "stage 1 teacher")
-    change("indomain_text", "direct", "public text")
-    change("distilled", "via intermediate", "MLM alone")
-    change("intermediate_helps", "via intermediate", "direct")
-    change("same_size_stage1", "via intermediate", "stage 1 student")
-    change("transfer", "via intermediate", "scratch", "intent", "left out")
-    if "written student" in arms and "spoken student" in arms and "stage 1 student" in arms:
-        nll = {
-            name: arms[name]["nll"]["public written"]
-            for name in ("written student", "stage 1 student", "spoken student")
-        }
-        out["written_kept"] = nll["stage 1 student"] - nll["written student"]
-        out["written_lost"] = nll["spoken student"] - nll["stage 1 student"]
-    return out

@@ -1,10 +1,9 @@
-"""What a run of the Alexa Teacher Model can be told (parameters, presets, arms) and what it is judged by (claims)."""
+"""What a run of the Alexa Teacher Model can be told (parameters, presets) and the encoders it trains (arms)."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from workbench.config import Param, config
-from workbench.evaluation.claims import Claim
 
 TITLE = "Alexa Teacher Model: pretraining and distilling multi-billion-parameter encoders for NLU"
 AUTHORS = "Jack FitzGerald and 31 others (KDD 2022)"
@@ -116,6 +115,10 @@ class Config:
     frozen: Annotated[tuple[ArmName, ...], Param("encoders that are fine-tuned frozen too")] = (
         "stage 1 continued", "stage 2", "via intermediate", "scratch",
     )  # fmt: skip
+    label_counts: Annotated[tuple[int, ...], Param("fewer labels a language, for the curve over labels")] = ()
+    label_arms: Annotated[tuple[ArmName, ...], Param("encoders fine-tuned on fewer labels too")] = (
+        "stage 1 continued", "stage 2", "via intermediate", "scratch",
+    )  # fmt: skip
     precision: Annotated[Literal["no", "bf16", "fp16"], Param("mixed precision")] = "no"
     save_every: Annotated[int | None, Param("steps between checkpoints", unit="steps", ge=1)] = None
     workers: Annotated[int, Param("seeds trained at the same time (0: one a core)", ge=0)] = 0
@@ -138,113 +141,3 @@ PRESETS = {
         tune_steps=20_000, tune_batch=128, tune_lr=3e-5, slot_weight=4.0, heads=2048, precision="bf16", save_every=1000,
     ),
 }  # fmt: skip
-
-
-def _claim(
-    id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float
-) -> Claim:
-    return Claim(id, sentence, figure, source, id, unit, direction, margin)
-
-
-# What tuning seeds gave. Seed 100 (2 x 48 teacher, 150 + 350 steps, 200 of fine-tuning): in-domain loss -3.1 nats, but
-# intent error +21 % and slot error +12 %: stage 2 was too short, the trap of an under-trained encoder. Seed 101
-# (1 x 32, 60 + 800, 400): -3.5 nats, intent +5 %, slots -3 %, SemER -1 %, intent in the left-out language -16 %.
-# As the presets are now, seeds 101 and 102: -3.7 and -3.4 nats; intent +5 and -13 %, slots +4 and -2 %; intermediate
-# against stage 1 -2 and -15 %, final student +10 and -14 %, transfer against scratch +3 and 0 %. Nothing but the loss
-# is of one sign: at 4.2 to 4.4 nats the miniature encoders are far from having learned the commands. Frozen encoders
-# were looked at on seed 0 only (SemER -12 %), which is therefore not among the judged seeds (1, 2, 3).
-# The margin of the relative changes is therefore the weakest there is, lower at all, fixed before any judging seed.
-CLAIMS: tuple[Claim, ...] = (
-    _claim(
-        "indomain_loss",
-        "Stage 2 teaches the assistant's language: held-out in-domain loss, stage 2 minus stage 1 continued",
-        "no figure",
-        "Stage 2 pre-training",
-        "nats",
-        "<=",
-        -0.5,
-    ),
-    _claim(
-        "stage2_intent",
-        "Stage 2 lowers the intent error against as many more steps of stage 1: relative change",
-        "-3.86 %",
-        "abstract",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", 0.0),
-    _claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", 0.0),
-    _claim(
-        "intermediate_beats_teacher",
-        "The intermediate student of the in-domain teacher beats the larger public-text teacher: SemER",
-        "-2.88 % IC, -7.69 % SF against 14x the size",
-        "abstract",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "student_beats_teacher",
-        "So does the final student, distilled through the intermediate",
-        "17M beats public models of 42M and 85M",
-        "abstract",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "indomain_teacher",
-        "The teacher's text matters: student of the stage 2 teacher against that of the stage 1 teacher, SemER",
-        "-3.74 to -4.91 % dissatisfaction",
-        "abstract (another baseline)",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "indomain_text",
-        "The student's own pre-training text matters: distilled on utterances against on public text, SemER",
-        "no figure",
-        "distillation data",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "distilled",
-        "Distillation beats the same student by MLM alone: SemER",
-        "no figure",
-        "Section on distillation",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "intermediate_helps",
-        "The intermediate teacher helps the final student: SemER",
-        "no figure",
-        "two-step distillation",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "same_size_stage1",
-        "The final student beats a same-size encoder with stage 1 only: SemER",
-        "-4.23 %, -6.14 %",
-        "abstract (public models 2.5 to 5 times the size)",
-        "%",
-        "<=",
-        0.0,
-    ),
-    _claim(
-        "transfer",
-        "Pre-training carries intents to a language without labels: intent error against no pre-training",
-        "no figure in what could be checked",
-        "cross-lingual transfer",
-        "%",
-        "<=",
-        0.0,
-    ),
-)
