@@ -1,8 +1,8 @@
 """What a run of the Alexa Teacher Model is judged by: the claims, and their measures from the scores of every arm."""
 
-from typing import Any, Literal
+from typing import Any
 
-from workbench.evaluation.claims import Claim
+from workbench.evaluation.claims import Claim, claim
 from workbench.evaluation.understanding import relative_change
 from workbench.papers.alexa_teacher_settings import ArmName
 
@@ -15,12 +15,6 @@ COMPARED: tuple[tuple[ArmName, ArmName], ...] = (
 )  # fmt: skip
 
 
-def _claim(
-    id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float
-) -> Claim:
-    return Claim(id, sentence, figure, source, id, unit, direction, margin)
-
-
 # What tuning seeds gave. Seed 100 (2 x 48 teacher, 150 + 350 steps, 200 of fine-tuning): in-domain loss -3.1 nats, but
 # intent error +21 % and slot error +12 %: stage 2 was too short, the trap of an under-trained encoder. Seed 101
 # (1 x 32, 60 + 800, 400): -3.5 nats, intent +5 %, slots -3 %, SemER -1 %, intent in the left-out language -16 %.
@@ -30,7 +24,7 @@ def _claim(
 # were looked at on seed 0 only (SemER -12 %), which is therefore not among the judged seeds (1, 2, 3).
 # The margin of the relative changes is therefore the weakest there is, lower at all, fixed before any judging seed.
 CLAIMS: tuple[Claim, ...] = (
-    _claim(
+    claim(
         "indomain_loss",
         "Stage 2 teaches the assistant's language: held-out in-domain loss, stage 2 minus stage 1 continued",
         "no figure",
@@ -39,7 +33,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -0.5,
     ),
-    _claim(
+    claim(
         "stage2_intent",
         "Stage 2 lowers the intent error against as many more steps of stage 1: relative change",
         "-3.86 %",
@@ -48,9 +42,9 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", 0.0),
-    _claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", 0.0),
-    _claim(
+    claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", 0.0),
+    claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", 0.0),
+    claim(
         "intermediate_beats_teacher",
         "The intermediate student of the in-domain teacher beats the larger public-text teacher: SemER",
         "-2.88 % IC, -7.69 % SF against 14x the size",
@@ -59,7 +53,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "student_beats_teacher",
         "So does the final student, distilled through the intermediate",
         "17M beats public models of 42M and 85M",
@@ -68,7 +62,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "indomain_teacher",
         "The teacher's text matters: student of the stage 2 teacher against that of the stage 1 teacher, SemER",
         "-3.74 to -4.91 % dissatisfaction",
@@ -77,7 +71,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "indomain_text",
         "The student's own pre-training text matters: distilled on utterances against on public text, SemER",
         "no figure",
@@ -86,7 +80,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "distilled",
         "Distillation beats the same student by MLM alone: SemER",
         "no figure",
@@ -95,7 +89,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "intermediate_helps",
         "The intermediate teacher helps the final student: SemER",
         "no figure",
@@ -104,7 +98,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "same_size_stage1",
         "The final student beats a same-size encoder with stage 1 only: SemER",
         "-4.23 %, -6.14 %",
@@ -113,7 +107,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "transfer",
         "Pre-training carries intents to a language without labels: intent error against no pre-training",
         "no figure in what could be checked",
