@@ -133,8 +133,11 @@ def samples(
             else renoise(s.f, z, sigmas, torch.Generator().manual_seed(1))
         )
         rows.append(steps[-1])
-    title = f"teacher ({evaluations(12)} NFE), then {', '.join(students)} ({times} NFE)"
-    return figures.image_grid(to_unit(torch.cat(rows)), columns=count, title=title, scale=max(1, 48 // world.shape[-1]))
+    title = f"teacher ({evaluations(12)} NFE), then<br>{', '.join(students)} ({times} NFE)"
+    figure = figures.image_grid(
+        to_unit(torch.cat(rows)), columns=count, title=title, scale=max(1, 48 // world.shape[-1])
+    )
+    return figure.update_layout(margin_t=80, height=figure.layout.height + 30)  # room for the second line
 
 
 @torch.no_grad()
@@ -199,8 +202,9 @@ def memorised(student: Student, world: World, *, count: int = 8, seed: int = 0) 
     gaps = torch.cdist(x.flatten(1), world.images.train.flatten(1))
     order = gaps.amin(1).argsort()[:count]
     pairs = torch.cat([x[order], world.images.train[gaps[order].argmin(1)]])
-    title = "samples closest to training images (above), and these (below)"
-    return figures.image_grid(to_unit(pairs), columns=count, title=title, scale=max(1, 56 // x.shape[-1]))
+    title = f"closest {count} of 200 samples (above),<br>nearest training images (below)"
+    figure = figures.image_grid(to_unit(pairs), columns=count, title=title, scale=max(1, 56 // x.shape[-1]))
+    return figure.update_layout(margin_t=80, height=figure.layout.height + 30)
 
 
 @torch.no_grad()
