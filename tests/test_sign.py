@@ -239,7 +239,7 @@ print(json.dumps(out.flatten().tolist()))
         ({"levels": 1}, "parameter levels: .*greater than or equal to 2"),
         ({"arms": ["sgin"]}, "parameter arms.0"),
         ({"size": 7}, "size is even"),
-        ({"size": 16}, "digits are 8 px with 1 channel, the run is set to 16 px"),
+        ({"size": 16}, "digits are 8 px with channels=1, the run is set to 16 px"),
         ({"rec": 0, "idem": 0, "flow": 0, "dmd": 0, "reg": 0, "denoise": 0}, "every loss weight of SIGN is 0"),
     ],
 )
@@ -378,3 +378,16 @@ def test_the_benchmark_counts_what_it_times(tmp_path, capsys):
     with paper.counted(counted) as evaluated:
         counted(torch.zeros(3, 1, 8, 8), torch.ones(3))
     assert evaluated == [3]
+
+
+def test_colour_is_measured_on_tinted_digits_and_the_panel_shows_it(folder):
+    c = config(data="tinted digits", channels=3)
+    job = studies.Job(c, "images", "sign", 0, folder / "tinted")
+    world = job.load_world()
+    student = job.distil(world, progress=False)
+    found = studies.edits(world, student.f, 0)
+    assert found["no colour: error before"] > 0.01 and found["no colour: error"] != found["no colour: error before"]
+    figure = panels.recoloured(student, world, count=4)
+    assert figure.layout.title.text.startswith("original, without colour")
+    with pytest.raises(WorkbenchError, match="tinted digits are 8 px with channels=3"):
+        config(data="tinted digits")

@@ -131,7 +131,7 @@ def test_an_empty_or_wrong_training_set_is_one_clear_line(model, tmp_path):
         paper.image_world(full(model, tmp_path / "small"), 0, progress=False)
     with pytest.raises(WorkbenchError, match="no column 'picture'"):
         paper.image_world(full(model, tmp_path / "small", image_column="picture"), 0, progress=False)
-    with pytest.raises(WorkbenchError, match="digits are 8 px with 1 channel"):
+    with pytest.raises(WorkbenchError, match="digits are 8 px with channels=1"):
         paper.image_world(full(model, tmp_path / "small", data="digits"), 0, progress=False)
 
 

@@ -325,3 +325,14 @@ def test_idempotent_is_a_function_of_one_input():
     assert isinstance(f, Idempotent)
     with pytest.raises(TypeError):
         f(torch.zeros(1, 2), torch.ones(1))
+
+
+def test_tinted_digits_tell_their_class_by_colour_and_without_it_by_shape_alone():
+    plain, inked = digits.load(), digits.tinted()
+    assert inked.test.shape == (350, 3, 8, 8) and inked.train.min() == -1 and inked.train.max() <= 1
+    grey = corruptions.colourless(inked.test, 1.0, g())
+    # one grey value for every ink: the plain digit at a third of its brightness, whatever the class
+    torch.testing.assert_close((grey + 1) * 3, (plain.test + 1).expand(-1, 3, -1, -1))
+    hue = torch.nn.functional.normalize((inked.test + 1).mean((2, 3)), dim=1)
+    read = (hue @ torch.nn.functional.normalize(digits.INKS, dim=1).T).argmax(1)
+    assert torch.equal(read, inked.test_labels)

@@ -195,6 +195,17 @@ def editing_controls(world: World) -> dict[str, widgets.Widget]:
 
 
 @torch.no_grad()
+def recoloured(student: Student, world: World, *, count: int = 10) -> go.Figure:
+    """The first held-out images, the same without colour, and f of these; a column an image."""
+    assert world.images is not None
+    x = world.images.held_out(world.split)[0][:count]
+    grey = CORRUPTIONS["no colour"](x, 1.0, torch.Generator())
+    rows = to_unit(torch.cat([x, grey, student.f(grey)]))
+    title = "original, without colour, f of that"
+    return figures.image_grid(rows, columns=count, title=title, scale=max(1, 48 // x.shape[-1]))
+
+
+@torch.no_grad()
 def memorised(student: Student, world: World, *, count: int = 8, seed: int = 0) -> go.Figure:
     """Generated images above their nearest training images, the closest pairs of 200 samples first."""
     assert world.images is not None

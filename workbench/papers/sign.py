@@ -148,8 +148,8 @@ def sources(config: Config) -> tuple[Images, Denoiser | None]:
         teacher: Denoiser | None = load_denoiser(config.model, config.size, config.channels)  # before data are read
     else:
         teacher = None
-    if config.data == "digits":
-        images = digits.load()
+    if config.data in ("digits", "tinted digits"):
+        images = digits.load() if config.data == "digits" else digits.tinted()
     else:
         from workbench.data.images import labelled_images
 

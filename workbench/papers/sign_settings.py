@@ -42,7 +42,7 @@ class Config:
     """Everything a run depends on besides its seed."""
 
     model: Annotated[str, Param('"small", or a DDPM (UNet2DModel with its scheduler) by Hub id or folder')] = "small"
-    data: Annotated[str, Param('"digits", or a labelled image set by Hub id or folder')] = "digits"
+    data: Annotated[str, Param('"digits", "tinted digits", or a labelled image set by Hub id or folder')] = "digits"
     image_column: Annotated[str, Param("column of the images")] = "img"
     label_column: Annotated[str, Param("column of the labels")] = "label"
     split: Annotated[Split, Param("held-out part that is measured on; settings are chosen on validation")] = "test"
@@ -107,10 +107,11 @@ class Config:
             raise WorkbenchError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         if self.model == "small" and self.size % 2:
             raise WorkbenchError(f"the small UNet halves its input once: size is even, got {self.size}")
-        if self.data == "digits" and (self.size, self.channels) != (8, 1):
+        channels = {"digits": 1, "tinted digits": 3}.get(self.data)
+        if channels and (self.size, self.channels) != (8, channels):
             raise WorkbenchError(
-                f"the digits are 8 px with 1 channel, the run is set to {self.size} px with {self.channels}: "
-                "choose another data set"
+                f"the {self.data} are 8 px with channels={channels}, the run is set to {self.size} px with "
+                f"channels={self.channels}: choose another data set"
             )
         if not any(getattr(self, name) for name in TERMS[:-1]):
             raise WorkbenchError("every loss weight of SIGN is 0: nothing to train on")
