@@ -313,7 +313,7 @@ def test_every_claim_is_measured_by_some_study():
     }
     values = study.claim_values(known, config, 0)
     assert {c.measure for c in paper.CLAIMS} <= set(values)
-    assert values["wording_vision"] == values["decoding_vision"] == values["rounds_vision"] == 0.25
+    assert values["wording_vision"] == values["decoding_vision"] == -values["rounds_vision"] == 0.25
     assert values["over_kd_ratings"] == 0.375 and values["kd_gain_vision"] == 0.125
     assert values["gap_ratings"] == 0.125 and values["forgetting_vision"] == pytest.approx(0.2)
     assert study.claim_values({}, config, 0) == {}

@@ -38,15 +38,25 @@ class Setup:
     lr: float = 3e-3  # peak learning rate
 
 
-# TUNED: (loss weights, peak learning rate) of an arm on a task. GRID COMMENT HERE
+# (Loss weights, peak learning rate) of an arm. One grid for every arm and task at the desk preset's steps and gap:
+# weights .1 .3 1 3 at rate .003 (messages: w1 = w2 = w3), then rates .001 and .006 at the best of them; what counted was
+# the mean VALIDATION error of tuning seeds 100 and 101, here weight by weight, then rate by rate.
+# Ratings (stars RMSE): alone at rates .003 .001 .006 1.011 .996 1.011; logit KD 1.001 .985 .965 .953, .961 .953; probe
+# KD 1.002 .988 .969 .957, .966 .956; feature KD 1.005 .990 .973 .960, 1.019 .973; one-way .965 .979 .984 .985, .974
+# .980; two-way .977 .964 .966 .975, .995 .968.
+# Vision (error rate): alone .356 .404 .340; logit KD .334 .334 .354 .398, .412 .304; probe KD .344 .334 .314 .338, .398
+# .314; feature KD .358 .326 .330 .350, .394 .302; one-way .322 .310 .300 .378, .450 .294; two-way .346 .332 .316 .430,
+# .440 .278.
+# Tried for two-way alone and not taken, ratings then vision: w2 / 10 1.001 .302; 3 w1 .959 .358; L_MC on both depths
+# .957 .282; k 64 with voices of 128 .979 .288; l_T 0 .969 .330, l_T 2 .955 .274, which one-way (.966 .320) dislikes.
 TUNED: dict[str, dict[str, tuple[tuple[float, ...], float]]] = {
     "ratings": {
-        "alone": ((), 3e-3), "logit KD": ((3.0,), 3e-3), "probe KD": ((3.0,), 3e-3), "feature KD": ((1.0,), 3e-3),
-        "one-way": ((1.0, 1.0, 1.0), 3e-3), "two-way": ((1.0, 1.0, 1.0), 3e-3),
+        "alone": ((), 1e-3), "logit KD": ((3.0,), 6e-3), "probe KD": ((3.0,), 6e-3), "feature KD": ((3.0,), 3e-3),
+        "one-way": ((0.1, 0.1, 0.1), 3e-3), "two-way": ((0.3, 0.3, 0.3), 3e-3),
     },
     "vision": {
-        "alone": ((), 3e-3), "logit KD": ((0.3,), 3e-3), "probe KD": ((0.3,), 3e-3), "feature KD": ((0.3,), 3e-3),
-        "one-way": ((1.0, 1.0, 1.0), 3e-3), "two-way": ((1.0, 1.0, 1.0), 3e-3),
+        "alone": ((), 6e-3), "logit KD": ((0.3,), 6e-3), "probe KD": ((1.0,), 3e-3), "feature KD": ((0.3,), 6e-3),
+        "one-way": ((1.0, 1.0, 1.0), 6e-3), "two-way": ((1.0, 1.0, 1.0), 6e-3),
     },
 }  # fmt: skip
 
@@ -187,18 +197,22 @@ def _claims(
     return tuple(found)
 
 
-# MARGIN COMMENT
+# Margins were set before any judging seed (20 and up) was trained: _LEAST, or at most two thirds of what tuning seeds
+# 100 and 101 gave where that is more. Their gains on the validation part, ratings then vision: kd_gain .044 .036,
+# talk_gain .033 .062, over_kd -.011 .026, over_hint -.004 .024, question .001 .016, knowledge .034 .008, wording .052
+# .054, decoding .010 .068, rounds -.001 -.014. Where that is below the margin the paper's direction stays, and so does
+# the margin. gap was not tried on them; 1.5 times in consistency and copies is what tiny studies in the tests reach.
 CLAIMS: tuple[Claim, ...] = (
-    *_claims("kd_gain", "Logit distillation beats the student alone: error saved", (_LEAST, _LEAST), figure="KD helps"),
-    *_claims("talk_gain", "Two-way communication beats the student alone: error saved", (_LEAST, _LEAST)),
+    *_claims("kd_gain", "Logit distillation beats the student alone: error saved", (0.02, 0.02), figure="KD helps"),
+    *_claims("talk_gain", "Two-way communication beats the student alone: error saved", (0.02, 0.03)),
     *_claims("over_kd", "It beats logit distillation: error saved", (_LEAST, _LEAST)),
     *_claims("over_hint", "It beats feature distillation: error saved", (_LEAST, _LEAST)),
     *_claims("question", "The question matters: error saved over one-way messages", (_LEAST, _LEAST)),
-    *_claims("knowledge", "What helps is the teacher's knowledge: error saved over a random teacher", (_LEAST, _LEAST),
+    *_claims("knowledge", "What helps is the teacher's knowledge: error saved over a random teacher", (0.02, _LEAST),
              figure="not tested", source="reviewers' question"),
-    *_claims("wording", "Message consistency L_MC helps the student: error saved over no L_MC", (_LEAST, _LEAST),
+    *_claims("wording", "Message consistency L_MC helps the student: error saved over no L_MC", (0.02, 0.02),
              figure="small effect on the task", source="ablation"),
-    *_claims("decoding", "State consistency L_SC helps the student: error saved over no L_SC", (_LEAST, _LEAST),
+    *_claims("decoding", "State consistency L_SC helps the student: error saved over no L_SC", (_LEAST, 0.03),
              figure="small effect on the task", source="ablation"),
     *_claims("rounds", "Further rounds help: error saved by three rounds over one", (_LEAST, _LEAST),
              figure="not readable", source="ablation"),
