@@ -39,8 +39,8 @@ class Setup:
 
 
 # (Loss weights, peak learning rate) of an arm. One grid for every arm and task at the desk preset's steps and gap:
-# weights .1 .3 1 3 at rate .003 (messages: w1 = w2 = w3), then rates .001 and .006 at the best of them; what counted was
-# the mean VALIDATION error of tuning seeds 100 and 101, here weight by weight, then rate by rate.
+# weights .1 .3 1 3 at rate .003 (messages: w1 = w2 = w3), then rates .001 and .006 at the best of them, chosen by the
+# mean VALIDATION error of tuning seeds 100 and 101; here weight by weight, then rate by rate.
 # Ratings (stars RMSE): alone at rates .003 .001 .006 1.011 .996 1.011; logit KD 1.001 .985 .965 .953, .961 .953; probe
 # KD 1.002 .988 .969 .957, .966 .956; feature KD 1.005 .990 .973 .960, 1.019 .973; one-way .965 .979 .984 .985, .974
 # .980; two-way .977 .964 .966 .975, .995 .968.
