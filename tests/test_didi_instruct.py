@@ -15,6 +15,7 @@ from workbench.models import masked_diffusion as md
 from workbench.models.masked_lm import Critic, small_masked_lm
 from workbench.papers import didi_instruct as paper
 from workbench.papers import didi_instruct_exact as listed
+from workbench.papers import didi_instruct_sdtt as baseline
 from workbench.papers import didi_instruct_study as experiments
 from workbench.papers.didi_instruct import Config, Parts
 from workbench.papers.didi_instruct_settings import CHANGES
@@ -352,11 +353,11 @@ def test_sdtt_targets_are_the_teachers_two_steps(student):
     """The target of a position is what the teacher said before it was revealed."""
     other = rough(4)
     x, t = torch.tensor([[0, 1, 0]]).repeat(256, 1), torch.full((256,), 0.9)
-    same = paper.sdtt_loss(student, student, x, t, 1e-6, rng(), "forward")["loss"]
+    same = baseline.sdtt_loss(student, student, x, t, 1e-6, rng(), "forward")["loss"]
     assert same.item() == pytest.approx(0, abs=1e-6)  # a step of no length: the student's own prediction
-    far = paper.sdtt_loss(other, student, x, t, 0.9, rng(), "forward")["loss"]
+    far = baseline.sdtt_loss(other, student, x, t, 0.9, rng(), "forward")["loss"]
     assert far > 0.01
-    done = paper.sdtt(small_masked_lm(V, L, width=16, layers=1, heads=2).eval(), text, L,
+    done = baseline.sdtt(small_masked_lm(V, L, width=16, layers=1, heads=2).eval(), text, L,
                       tiny(sdtt_steps=4, sdtt_rounds=2, sdtt_from=4), 0, progress=False)  # fmt: skip
     assert not done.training
 
@@ -367,7 +368,7 @@ def test_sdtt_targets_are_the_teachers_two_steps(student):
         ({"nfe": [0, 4]}, "nfe: from 1 to the length 16, got"), ({"nfe": [64]}, "nfe: from 1 to the length 16"),
         ({"temperatures": [1.0, -0.5]}, "temperatures: each above 0"), ({"prompt": "  "}, "prompt: some text"),
         ({"temperatures": [0.5, 0.7]}, "1 must be among them"),
-        ({"batch": 30}, "a multiple of the group 4, got 30"), ({"packages": []}, "at least 1 item"),
+        ({"batch": 30}, "a multiple of the group 64, got 30"), ({"packages": []}, "at least 1 item"),
         ({"packages": ["pandas"]}, None), ({"vocabulary": 256}, None), ({"model": "a/b"}, "needs data, tokenizer"),
     ],
 )  # fmt: skip

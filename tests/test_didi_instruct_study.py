@@ -63,14 +63,14 @@ def test_a_colder_teacher_gains_nothing_at_matched_entropy():
     """The trap of generative perplexity: a teacher made colder has a gain of 0, whatever its loss."""
     config = Config(temperatures=(0.6, 0.8, 1.0), nfe=(4,), length=16)
     teacher = {}
-    for t, entropy, loss in ((0.6, 2.0, 3.0), (0.8, 2.5, 4.0), (1.0, 3.0, 6.0)):
+    for t, entropy, loss in ((0.6, 2.0, 3.0), (0.8, 2.5, 4.5), (1.0, 3.0, 6.0)):
         teacher |= {f"T {t:g} entropy @ 4": entropy, f"T {t:g} loss @ 4": loss, f"T {t:g} pooled @ 4": 2 * entropy}
-    cold = {"entropy @ 4": 2.5, "loss @ 4": 4.0, "pooled @ 4": 5.0}
+    cold = {"entropy @ 4": 2.5, "loss @ 4": 4.5, "pooled @ 4": 5.0}
     assert experiments.gain(cold, teacher, config, 4, by="entropy") == pytest.approx(0)
     assert experiments.gain(cold, teacher, config, 4, by="pooled") == pytest.approx(0)
-    better = {"entropy @ 4": 2.75, "loss @ 4": 4.5, "pooled @ 4": 5.0}
+    better = {"entropy @ 4": 2.75, "loss @ 4": 4.75, "pooled @ 4": 5.0}
     assert experiments.gain(better, teacher, config, 4, by="entropy") == pytest.approx(0.5)
-    assert experiments.gain(better, teacher, config, 4, by="pooled") == pytest.approx(-0.5)
+    assert experiments.gain(better, teacher, config, 4, by="pooled") == pytest.approx(-0.25)
 
 
 def test_the_committed_teacher_and_judge_are_real_and_open_with_transformers():

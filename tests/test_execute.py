@@ -77,6 +77,8 @@ def test_a_failing_paper_is_kept_and_told_the_other_runs_and_the_failed_resumes(
 
 
 LAUNCHER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for jobs in its background
 {setup}
 from workbench.cli import app
 app()

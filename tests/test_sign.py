@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,9 @@ def test_evaluations_are_counted_for_every_method(images, arm, changes, wanted):
 def test_arms_differ_in_what_they_say(images):
     c = config()
     assert c.arm("ign").weights["tight"] == 2.5 and not any(c.arm("ign").weights[t] for t in ("dmd", "reg", "flow"))
+    own = config(lr=1.0, plane_lr=2.0, ign_lr=3.0, ign_plane_lr=4.0, regression_lr=5.0, regression_plane_lr=6.0)
+    rates = [own.arm(name, plane=plane).lr for name in ("sign", "ign", "regression") for plane in (False, True)]
+    assert rates == [1, 2, 3, 4, 5, 6] and own.arm("no dmd").lr == 1 and own.arm("ign, scratch", plane=True).lr == 4
     assert not c.arm("ign, no clamp").clamp and c.arm("ign").clamp
     assert all(c.arm("no " + t).weights[t] == 0 for t in TERMS[:-1]) and c.arm("sign").weights["tight"] == 0
     start = paper.build_student(images, c, c.arm("sign"), 0)
@@ -235,7 +239,7 @@ print(json.dumps(out.flatten().tolist()))
         ({"levels": 1}, "parameter levels: .*greater than or equal to 2"),
         ({"arms": ["sgin"]}, "parameter arms.0"),
         ({"size": 7}, "size is even"),
-        ({"size": 16}, "digits are 8 px with 1 channel, the run is set to 16 px"),
+        ({"size": 16}, "digits are 8 px with channels=1, the run is set to 16 px"),
         ({"rec": 0, "idem": 0, "flow": 0, "dmd": 0, "reg": 0, "denoise": 0}, "every loss weight of SIGN is 0"),
     ],
 )
@@ -251,11 +255,11 @@ def test_an_arm_whose_every_term_is_zero_is_refused(plane):
 
 
 def test_measures_of_a_perfect_and_of_a_useless_student(images):
-    """f that returns held-out images is as near as its floor and reads every edit; one that returns grey is not."""
+    """f that returns held-out images is nearest and reads every edit; one that returns grey is not."""
     c = config()
     ceiling = studies.ceilings(images, c, 0)
-    held = images.images.held_out
-    assert studies.quality(images, held) == ceiling["floor"]
+    held, _ = images.images.held_out("test")
+    assert studies.quality(images, held) == pytest.approx(0, abs=1e-6) and ceiling["floor"] > 0.01
     grey = studies.measure(images, c, lambda x: torch.zeros_like(x), 0)
     assert grey["distance x1"] > 2 * ceiling["floor"] and grey["class entropy"] == pytest.approx(0, abs=1e-6)
     assert grey["idempotence x1"] == 0  # and yet perfectly idempotent
@@ -263,6 +267,27 @@ def test_measures_of_a_perfect_and_of_a_useless_student(images):
     assert edits["reconstruction"] == 0
     assert edits["noise: error"] == edits["noise: error before"] == pytest.approx(0.36, rel=0.05)
     assert edits["mask: error"] > edits["mask: error, mean image"]
+
+
+def test_settings_are_chosen_on_one_held_out_part_and_reported_on_another(images, plane):
+    """Every measure that looks at real data follows the split: distance, edits, and in the plane the reference draw."""
+    f = lambda x: x + 0.1  # noqa: E731
+    for world in (images, plane):
+        test, validation = (studies.measure(replace(world, split=s), config(), f, 0) for s in ("test", "validation"))
+        differing = {k for k in test if test[k] != validation[k]}
+        assert "distance x1" in differing
+    test, validation = (studies.edits(replace(images, split=s), f, 0) for s in ("test", "validation"))
+    assert all(test[k] != validation[k] for k in test if "error before" in k or "mean image" in k)
+    assert override(config(), {"split": "validation"}).split == "validation" and paper.PRESETS["desk"].split == "test"
+
+
+def test_every_seed_may_have_a_teacher_of_its_own(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(paper, "train_denoiser", lambda d, *a, seed, **k: seen.append(seed) or d)
+    for teachers in (0, 2):
+        for s in (3, 4):
+            paper.image_world(config(teachers=teachers), s, progress=False)
+    assert seen == [3, 4, 1, 0]
 
 
 def test_measures_draw_nothing_that_training_draws():
@@ -353,3 +378,16 @@ def test_the_benchmark_counts_what_it_times(tmp_path, capsys):
     with paper.counted(counted) as evaluated:
         counted(torch.zeros(3, 1, 8, 8), torch.ones(3))
     assert evaluated == [3]
+
+
+def test_colour_is_measured_on_tinted_digits_and_the_panel_shows_it(folder):
+    c = config(data="tinted digits", channels=3)
+    job = studies.Job(c, "images", "sign", 0, folder / "tinted")
+    world = job.load_world()
+    student = job.distil(world, progress=False)
+    found = studies.edits(world, student.f, 0)
+    assert found["no colour: error before"] > 0.01 and found["no colour: error"] != found["no colour: error before"]
+    figure = panels.recoloured(student, world, count=4)
+    assert figure.layout.title.text.startswith("original, without colour")
+    with pytest.raises(WorkbenchError, match="tinted digits are 8 px with channels=3"):
+        config(data="tinted digits")

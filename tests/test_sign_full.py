@@ -42,12 +42,12 @@ def model(tmp_path_factory):
     return folder
 
 
-def write_images(folder, counts, size=12, column="img"):
+def write_images(folder, counts, size=12, column="img", by_label=False):
     g = np.random.default_rng(0)
     for split, n in counts.items():
         pictures = [Image.fromarray(g.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
         data = datasets.Dataset.from_dict(
-            {column: pictures, "label": [i % 3 for i in range(n)]},
+            {column: pictures, "label": sorted(i % 3 for i in range(n)) if by_label else [i % 3 for i in range(n)]},
             features=datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(num_classes=3)}),
         )
         data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
@@ -70,7 +70,8 @@ def full(model, pictures, **changes):
 def test_the_full_path_distils_measures_edits_and_saves(model, pictures, tmp_path):
     c = full(model, pictures)  # bf16, as on a GPU
     world = paper.image_world(c, 0, tmp_path, progress=False)
-    assert world.shape == (3, 8, 8) and world.images.train.shape[0] == 24 and len(world.images.held_out) == 12
+    assert world.shape == (3, 8, 8) and world.images.train.shape[0] == 22
+    assert len(world.images.held_out(world.split)[0]) == 12  # what is measured on is the set's own test split
     assert world.images.provenance.name == str(pictures)
     before = {k: v.clone() for k, v in world.teacher.state_dict().items()}
     for arm in ("sign", "ign"):
@@ -79,7 +80,11 @@ def test_the_full_path_distils_measures_edits_and_saves(model, pictures, tmp_pat
     assert all(torch.equal(v, before[k]) for k, v in world.teacher.state_dict().items())
     s = paper.distil(world, c, "sign", 0, progress=False)
     measures = studies.measure(world, c, s.f, 0)
-    assert {"no colour: error", "no colour: accuracy"} <= set(measures)  # colourising is measured where there is colour
+    # colourising is measured where there is colour, and the input has truly lost it
+    assert {"no colour: error", "no colour: accuracy"} <= set(measures) and measures["no colour: error before"] > 0.01
+    x, _ = world.images.held_out(world.split)
+    perfect = studies.edits(world, lambda given: x, 0)
+    assert perfect["no colour: error"] == 0 < perfect["no colour: error before"]
     assert np.isfinite(measures["distance x1"]) and 0 <= measures["noise: accuracy"] <= 1
     save(s.f, tmp_path / "student")
     z = world.noise(torch.Generator().manual_seed(0), 2)
@@ -126,13 +131,37 @@ def test_an_empty_or_wrong_training_set_is_one_clear_line(model, tmp_path):
         paper.image_world(full(model, tmp_path / "small"), 0, progress=False)
     with pytest.raises(WorkbenchError, match="no column 'picture'"):
         paper.image_world(full(model, tmp_path / "small", image_column="picture"), 0, progress=False)
-    with pytest.raises(WorkbenchError, match="digits are 8 px with 1 channel"):
+    with pytest.raises(WorkbenchError, match="digits are 8 px with channels=1"):
         paper.image_world(full(model, tmp_path / "small", data="digits"), 0, progress=False)
 
 
-def test_without_a_test_split_a_tenth_is_held_out(tmp_path):
+def pictures_of(images):
+    """Every part's pictures as a set of byte strings."""
+    return [{x.numpy().tobytes() for x in part} for part in (images.train, images.validation, images.test)]
+
+
+def test_a_users_set_is_cut_into_three_disjoint_parts(tmp_path):
     write_images(tmp_path, {"train": 20})
     images = labelled_images(str(tmp_path), size=8)
-    assert len(images.held_out) == 2 and len(images.train) == 18 and images.classes == 3
+    assert (len(images.train), len(images.validation), len(images.test), images.classes) == (16, 2, 2, 3)
+    train, validation, test = pictures_of(images)
+    assert len(train | validation | test) == 20  # nothing is lost, nothing is in two parts
+    again = labelled_images(str(tmp_path), size=8)
+    assert torch.equal(again.train, images.train) and torch.equal(again.test, images.test)
     grey = labelled_images(str(tmp_path), size=8, channels=1)
-    assert grey.train.shape == (18, 1, 8, 8)
+    assert grey.train.shape == (16, 1, 8, 8)
+
+
+def test_a_test_split_is_kept_whole_and_validation_comes_out_of_training(tmp_path):
+    write_images(tmp_path, {"train": 60, "test": 5}, by_label=True)
+    images = labelled_images(str(tmp_path), size=8)
+    assert (len(images.train), len(images.validation), len(images.test)) == (54, 6, 5)
+    train, validation, _ = pictures_of(images)
+    assert not train & validation
+    assert len(images.validation_labels.unique()) == 3  # shuffled first, as this set is sorted by label
+
+
+def test_two_images_are_too_few_to_train_on(tmp_path):
+    write_images(tmp_path, {"train": 2})
+    with pytest.raises(WorkbenchError, match="too few images: nothing is left to train on"):
+        labelled_images(str(tmp_path), size=8)

@@ -310,9 +310,13 @@ def test_corruptions_and_their_strength():
 
 def test_digits_are_split_once_and_named():
     images = digits.load()
-    assert images.train.shape == (1300, 1, 8, 8) and len(images.held_out) == 497 and images.classes == 10
+    assert images.train.shape == (1300, 1, 8, 8) and images.classes == 10
+    assert (len(images.validation), len(images.test)) == (147, 350)
     assert images.train.min() == -1 and images.train.max() == 1
-    assert torch.cdist(images.held_out.flatten(1), images.train.flatten(1)).amin() > 0  # none in both parts
+    parts = [part.flatten(1) for part in (images.train, images.validation, images.test)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert torch.cdist(parts[i], parts[j]).amin() > 0  # none in both parts
+    assert images.held_out("validation")[0] is images.validation and images.held_out("test")[1] is images.test_labels
     assert images.provenance.package == "scikit-learn" and len(images.provenance.sha256) == 64
 
 
@@ -321,3 +325,14 @@ def test_idempotent_is_a_function_of_one_input():
     assert isinstance(f, Idempotent)
     with pytest.raises(TypeError):
         f(torch.zeros(1, 2), torch.ones(1))
+
+
+def test_tinted_digits_tell_their_class_by_colour_and_without_it_by_shape_alone():
+    plain, inked = digits.load(), digits.tinted()
+    assert inked.test.shape == (350, 3, 8, 8) and inked.train.min() == -1 and inked.train.max() <= 1
+    grey = corruptions.colourless(inked.test, 1.0, g())
+    # one grey value for every ink: the plain digit at a third of its brightness, whatever the class
+    torch.testing.assert_close((grey + 1) * 3, (plain.test + 1).expand(-1, 3, -1, -1))
+    hue = torch.nn.functional.normalize((inked.test + 1).mean((2, 3)), dim=1)
+    read = (hue @ torch.nn.functional.normalize(digits.INKS, dim=1).T).argmax(1)
+    assert torch.equal(read, inked.test_labels)

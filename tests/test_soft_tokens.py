@@ -45,10 +45,11 @@ TWO_STEPS = Format(lambda tokens: torch.zeros(len(tokens), dtype=torch.bool), en
 
 def two_steps(model, mode, sigma, samples, seed=0):
     prompt = torch.tensor([[1, 2]])
-    return rollout(
-        model, prompt, torch.ones_like(prompt, dtype=torch.bool), paper.thinker(model, mode, sigma), TWO_STEPS, limit=2,
-        answer_limit=1, seed=seed, samples=samples, answer_tau=1.0,
-    )  # fmt: skip
+    with paper.head_inputs(model) as seen:
+        return rollout(
+            model, prompt, prompt > 0, paper.thinker(model, mode, sigma, seen), TWO_STEPS,
+            limit=2, answer_limit=1, seed=seed, samples=samples, answer_tau=1.0,
+        )  # fmt: skip
 
 
 def expected_reward(model, mode, sigma, samples, seed):
@@ -60,9 +61,12 @@ def expected_reward(model, mode, sigma, samples, seed):
 
 @pytest.mark.parametrize(
     ("mode", "tied"),
-    [(SOFT, False), (SOFT, True), (Mode("soft", 0.5, 1.0, "logits"), False), (Mode("soft", 0.7, 1.0, "gumbel"), False)],
-    ids=["paper", "paper, tied", "logit noise", "gumbel"],
-)
+    [
+        (SOFT, False), (SOFT, True), (Mode("soft", 0.5, 0.5, "hidden"), False),
+        (Mode("soft", 0.5, 1.0, "logits"), False), (Mode("soft", 0.7, 1.0, "gumbel"), False),
+    ],
+    ids=["paper", "paper, tied", "hidden noise", "logit noise", "gumbel"],
+)  # fmt: skip
 def test_the_score_function_gradient_matches_finite_differences(mode, tied):
     """Along the gradient's own direction, as an independent sample estimates it, where the signal is largest."""
     model, n, blocks = tiny(tie_word_embeddings=tied), 8_000, 8
@@ -271,7 +275,9 @@ def test_the_base_model_is_neither_hopeless_nor_perfect(folder):
     assert 0.2 < sum(counts) / (8 * 48) < 0.9
 
 
-@pytest.mark.parametrize("arm", ["hard", "soft", "fuzzy", "soft, gumbel", "soft, logit noise", "soft, top-k"])
+@pytest.mark.parametrize(
+    "arm", ["hard", "soft", "fuzzy", "soft, hidden noise", "soft, gumbel", "soft, logit noise", "soft, top-k"]
+)
 def test_every_arm_trains_and_no_other_thing_changes(folder, arm):
     config, task, base = setting(folder, steps=3, prompts=2, samples=4)
     model = copy.deepcopy(base)
@@ -281,6 +287,29 @@ def test_every_arm_trains_and_no_other_thing_changes(folder, arm):
     logged = fitted.history[-1]
     assert logged["loss"] == pytest.approx(logged["thought"] + logged["answer"], rel=1e-5)
     assert 0 <= logged["right"] <= 1 and logged["thoughts"] <= config.thoughts
+
+
+def test_the_norms_of_both_terms_are_logged_and_change_nothing(folder):
+    config, task, base = setting(folder, steps=2, prompts=2, samples=8, every=1, rows=5)
+    runs = [
+        paper.train(replace(config, norms=norms), task, copy.deepcopy(base), "soft", 0, progress=False)
+        for norms in (True, False)
+    ]
+    (with_norms, told), (without, _) = runs
+    assert all(torch.equal(p, without.state_dict()[n]) for n, p in with_norms.state_dict().items())
+    for row in told.history:  # the clipped gradient is the sum of the two
+        parts = row["thought_norm"], row["answer_norm"]
+        assert abs(parts[0] - parts[1]) <= row["grad_norm"] * 1.001 and row["grad_norm"] <= sum(parts) * 1.001
+    model = copy.deepcopy(base)
+    losses = paper.objective(model, task, config, "soft", paper.Batches(task, config, 0, 1)[0])
+    losses["answer"].backward()
+    by_hand = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    assert losses["answer_norm"].item() == pytest.approx(by_hand, rel=1e-4) and by_hand > 0
+    assert told.history[0]["answer_norm"] == pytest.approx(by_hand, rel=1e-4)
+    figure = panels.term_norms({"soft": told.history})
+    assert [len(line.x) for line in figure.data] == [2, 2]
+    with pytest.raises(WorkbenchError, match="norms=true"):
+        panels.term_norms({"soft": [{"step": 1}]})
 
 
 def test_a_killed_training_resumes_bit_equal(folder, tmp_path):
@@ -360,7 +389,7 @@ def test_hard_tokens_that_are_not_drawn_flip_the_verdict(folder, tmp_path):
 
 def test_a_study_measures_every_claim_and_is_not_repeated(tmp_path):
     changes = {"base_steps": 4, "steps": 4, "every": 2, "prompts": 2, "samples": 2, "problems": 8, "trail_problems": 8}
-    arms = ("base", "hard", "soft", "fuzzy")
+    arms = paper.PRESETS["desk"].arms
     config = paper.Config(**{**TINY, **changes}, arms=arms)
     record = Record(tmp_path)
     known = studies.study(config, tmp_path, record, seed=120)
@@ -453,6 +482,15 @@ def test_every_panel_draws_a_study():
     curves = panels.pass_curves(measured, split="other", mode="soft sample")
     assert [list(line.y) for line in curves.data if line.name == "soft"] == [[0.8, 0.9]]
     assert len(panels.trajectories(measured, key="nll", y="nll").data) == 2
+    config = paper.Config()
+    loud = arm(0.3)
+    loud["trail"][-1]["hard"] = 0.1
+    swept = panels.noise_sweep(config, {**measured, ("soft, noise x9", 0): loud, ("soft, hidden noise", 0): arm(0.5)})
+    assert {line.name: (line.x, line.y) for line in swept.data} == {
+        "kept step": ((0.33, 3.0), (0.8, 0.1)), "last step": ((0.33, 3.0), (0.8, 0.1)),
+    }  # fmt: skip
+    with pytest.raises(WorkbenchError, match="no noise to sweep"):
+        panels.noise_sweep(config, {("hard", 0): arm(0.6)})
     assert list(panels.entropy(measured, kind="hard").data[0].y) == [1.0, 0.5, 0.2]
     assert {line.name for line in panels.learning(measured).data} == {"hard", "soft"}
 

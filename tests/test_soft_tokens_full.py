@@ -1,6 +1,8 @@
 """Soft tokens on the paper's own kind of task: local folders in the Hub's formats, tiny models, real sizes on meta."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from workbench.data.questions import Choice, boxed, choice_of, question_of, same_number
+from workbench.data.questions import Choice, boxed, choice_of, math_verify_grader, question_of, same_number
 from workbench.errors import WorkbenchError
 from workbench.papers import soft_tokens as paper
 from workbench.papers import soft_tokens_study as studies
@@ -147,7 +149,7 @@ def test_boxes_numbers_and_rows():
     assert same_number("\\frac12", "\\frac12") and not same_number("x", "y")
     assert question_of({"question": "q", "answer": "so\n#### 1,200"}) == ("q", "1200")
     assert question_of({"problem": "p", "solution": "is \\boxed{\\frac{1}{2}}."}) == ("p", "\\frac{1}{2}")
-    assert question_of({"problem": "p", "answer": " 3 ", "solution": "x"}) == ("p", "3")
+    assert question_of({"problem": "p", "answer": " 3 ", "solution": "x"}) == ("p", "3")  # full-qwen's columns
     assert question_of({"question": "p", "final_answer": ["7"]}) == ("p", "7")
     with pytest.raises(WorkbenchError, match="no checkable answer"):
         question_of({"question": "q"})
@@ -157,6 +159,31 @@ def test_boxes_numbers_and_rows():
         choice_of({"text": "q"})
     row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
     assert choice_of(row) == Choice("Question: q\nAnswer:", ("a", "b"), 1)
+
+
+def test_the_papers_grader_is_called_as_documented(monkeypatch):
+    """math-verify's README: parse both texts, then verify(gold, answer); "order here is important"."""
+    asked = []
+    fake = types.ModuleType("math_verify")
+    fake.parse = lambda text: [text]
+    fake.verify = lambda gold, target: asked.append((gold, target)) or gold == target
+    monkeypatch.setitem(sys.modules, "math_verify", fake)
+    grade = math_verify_grader()
+    assert grade("7", "7") is True and grade("8", "7") is False
+    assert asked[1] == (["\\boxed{7}"], ["\\boxed{8}"])
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # what an import of a missing package meets
+    with pytest.raises(WorkbenchError, match="pip install") as error:
+        math_verify_grader()
+    assert "\n" not in str(error.value)
+
+
+def test_the_papers_grader_knows_equal_forms():
+    pytest.importorskip("math_verify")
+    grade = math_verify_grader()
+    for answer, truth in (("\\frac12", "0.5"), ("1,200", "1200"), ("x+1", "1+x"), ("(1,2)", "(1, 2)")):
+        assert grade(answer, truth), (answer, truth)
+    for answer, truth in (("3", "4"), ("", "4"), ("\\frac{", "4")):
+        assert not grade(answer, truth), (answer, truth)
 
 
 def test_choices_are_scored_one_token_at_a_time(words):
@@ -188,7 +215,7 @@ def test_rows_and_micro_batches_are_the_whole_batch(hub):
     assert full.rate("hard") == full.rate("soft") == 6e-6 and full.reward == 100
 
 
-def test_what_cannot_be_had_is_one_line(hub, tmp_path, words):
+def test_what_cannot_be_had_is_one_line(hub, tmp_path, words, monkeypatch):
     with pytest.raises(WorkbenchError, match="could not be loaded|empty folder|unknown|reached|offline|OFFLINE|cache"):
         paper.load_task(config_of(hub, data=str(tmp_path / "nothing")))
     (tmp_path / "empty").mkdir()
@@ -196,11 +223,9 @@ def test_what_cannot_be_had_is_one_line(hub, tmp_path, words):
         paper.load_task(config_of(hub, data=str(tmp_path / "empty")))
     with pytest.raises(WorkbenchError, match="no multiple-choice set"):
         paper.load_task(config_of(hub, other_data=()))
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        with pytest.raises(WorkbenchError, match="math-verify"):
-            paper.load_task(config_of(hub, grader="math-verify"))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(WorkbenchError, match="math-verify"):
+        paper.load_task(config_of(hub, grader="math-verify"))
     model_of("llama", 8).save_pretrained(tmp_path / "other")
     words.save_pretrained(tmp_path / "other")
     config = config_of(hub, model=str(tmp_path / "other"))

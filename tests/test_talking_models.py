@@ -303,7 +303,7 @@ def broken_study(folder):
 
 def test_every_claim_is_measured_by_some_study():
     config = paper.PRESETS["desk"]
-    measures = {"error": 0.5, "mc": 0.2, "teacher before": 0.1, "teacher after": 0.3}
+    measures = {"error": 0.5, "mc": 0.2, "sc": 0.1, "teacher before": 0.1, "teacher after": 0.3}
     arms = {"two-way": 0.25, "alone": 0.75, "logit KD": 0.625}
     known = {
         (task, gap, arm, 0): measures | {"error": arms.get(arm, 0.5) - (0.125 if gap == 0 and arm == "logit KD" else 0)}
@@ -313,6 +313,32 @@ def test_every_claim_is_measured_by_some_study():
     }
     values = study.claim_values(known, config, 0)
     assert {c.measure for c in paper.CLAIMS} <= set(values)
+    assert values["wording_vision"] == values["decoding_vision"] == -values["rounds_vision"] == 0.25
     assert values["over_kd_ratings"] == 0.375 and values["kd_gain_vision"] == 0.125
     assert values["gap_ratings"] == 0.125 and values["forgetting_vision"] == pytest.approx(0.2)
     assert study.claim_values({}, config, 0) == {}
+
+
+def test_each_arm_has_its_own_tuned_knobs_unless_told_otherwise():
+    for task, tuned in paper.TUNED.items():
+        for arm, (weights, rate) in tuned.items():
+            setup = paper.Config().setup(task, arm)
+            given = (setup.w1, setup.w2, setup.w3) if setup.method == "messages" else (setup.kd,) * len(weights)
+            assert (given, setup.lr) == (weights, rate), (task, arm)
+        told = paper.Config(lr=0.5, kd=7.0, w2=0.25)
+        assert {told.setup(task, arm).lr for arm in tuned} == {0.5}
+        assert told.setup(task, "logit KD").kd == 7 and told.setup(task, "one-way").w2 == 0.25
+        assert told.setup(task, "alone").kd == 0
+        # an ablation differs from the full method in what it is named after alone
+        full = paper.Config().setup(task, "two-way")
+        for arm, change in (("no MC", {"w2": 0.0}), ("no SC", {"w3": 0.0}), ("3 rounds", {"rounds": 3})):
+            assert paper.Config().setup(task, arm) == replace(full, **change)
+
+
+def test_without_state_consistency_messages_do_not_give_states_back(tmp_path):
+    config = replace(TINY, tasks=("vision",), arms=("two-way", "no SC"), seeds=3, steps=60, batch=24, w1=0.1, w2=1.0,
+                     w3=1.0, gaps=())  # fmt: skip
+    record = Record(tmp_path)
+    study.run_study(config, record, 10)
+    claim = next(c for c in paper.CLAIMS if c.id == "copies_vision")
+    assert judge(claim, record.records("result")).verdict == "holds"

@@ -73,6 +73,14 @@ def test_no_image_is_in_two_parts_and_every_class_is_learnt_from():
     assert len(split.pretrain) == 3 * 900 and split.train.pixels.shape[1:] == (3, 8, 8)
 
 
+def test_further_looks_are_the_same_pictures_with_other_noise():
+    once, twice = (shifted_digits.load(seed=1, pretrain=500, train=40, looks=looks) for looks in (1, 2))
+    assert twice.train.numbers.tolist() == once.train.numbers.tolist() * 2
+    first, second = twice.train.pixels.split(40)
+    assert 0.05 < (first - second).abs().mean() < 0.4  # noise of 0.25 apart, clipped at black
+    assert torch.equal(once.test.numbers, twice.test.numbers)
+
+
 def test_a_quarter_turn_is_a_quarter_turn():
     g = torch.Generator().manual_seed(0)
     pixels = torch.rand(4, 1, 8, 8, generator=g) * 2 - 1

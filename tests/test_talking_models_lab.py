@@ -80,12 +80,32 @@ def test_the_explorer_shows_the_very_messages(finished):
     assert curve.data[0].y[1] == pytest.approx(0, abs=1e-9)  # one-way: a second round says nothing new
 
 
+def test_other_layers_and_widths_are_trained_anew_and_judged_on_validation(finished):
+    folder, config, _ = finished
+
+    def drawn(**choice):
+        usual = {"teacher": (1, 3), "student": (1, 2), "message": config.message}
+        return panels.elsewhere(config, folder, "vision", steps=2, seed=0, **usual | choice).data
+
+    same = drawn()
+    assert [b.x[0] for b in same[:2]] == ["alone", "as in the run"] and same[1].y == same[3].y  # the same student
+    errors = {b.x[0]: b.y[0] for b in (same[0], same[1])}
+    job = study.Job(study.replace(config, gaps=(), steps=2), "vision", "alone", 0, config.gap, folder / "again")
+    data, teacher = study.load_job(study.replace(job, folder=folder))
+    alone = study.train_student(job, data, teacher, progress=False).student
+    assert errors["alone"] == panels.evaluate(alone, data.validation)
+    other = drawn(student=(0, 1), message=2)
+    assert other[0].y == same[0].y and other[1].y == same[1].y and other[4].y != same[4].y
+    with pytest.raises(WorkbenchError, match="lower state comes first"):
+        drawn(teacher=(2, 2))
+
+
 def test_data_pictures(finished):
     _, config, _ = finished
     assert "45 degrees" in panels.digits(0.5).layout.title.text
     task = study.load_task(check("talking_models", "quick", 0, {}), "ratings", 0)
     for curve in panels.long_tail(task).data:
-        assert list(curve.y) == sorted(curve.y, reverse=True) and sum(curve.y) == 12_000
+        assert list(curve.y) == sorted(curve.y, reverse=True) and sum(curve.y) == 30_000
 
 
 def test_the_benchmark_writes_what_rounds_cost(tmp_path, monkeypatch):

@@ -15,27 +15,33 @@ from workbench.errors import WorkbenchError
 
 
 def labelled_images(
-    id: str, *, size: int, channels: int = 3, image: str = "img", label: str = "label", held_out: str = "test"
+    id: str, *, size: int, channels: int = 3, image: str = "img", label: str = "label", test: str = "test"
 ) -> Images:
-    """Splits "train" and `held_out` of a data set as tensors (N, channels, size, size); larger images are cropped.
+    """Splits "train" and `test` of a data set as tensors (N, channels, size, size); larger images are cropped.
 
-    The held-out tenth of "train" stands in where the data set has no such split. Raises WorkbenchError: as hub_dataset,
-    for a column that holds no images, and for an image smaller than `size`.
+    The validation part is a tenth of "train"; a second tenth is the test part where the data set has no such split.
+    Raises WorkbenchError: as hub_dataset, for a column that holds no images, and for an image smaller than `size`.
     """
     pixels, labels = _read(id, "train", size, channels, image, label)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pixels)))  # a set may be sorted by label
+    pixels, labels = pixels[order], labels[order]
+    tenth = max(1, len(pixels) // 10)
     try:
-        test, test_labels = _read(id, held_out, size, channels, image, label)
+        tested = _read(id, test, size, channels, image, label)
     except WorkbenchError as error:
         if "split" not in str(error):
             raise
-        cut = max(1, len(pixels) // 10)
-        pixels, test, labels, test_labels = pixels[cut:], pixels[:cut], labels[cut:], labels[:cut]
-        if not len(pixels):
-            raise WorkbenchError(f"data set {id!r} has one image: nothing is left to train on") from None
+        tested = pixels[:tenth], labels[:tenth]
+        pixels, labels = pixels[tenth:], labels[tenth:]
+    validation, pixels = pixels[:tenth], pixels[tenth:]
+    validation_labels, labels = labels[:tenth], labels[tenth:]
+    if not len(pixels):
+        raise WorkbenchError(f"data set {id!r} has too few images: nothing is left to train on")
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-    note = f"{len(pixels)} to train on, {len(test)} held out, {size} px"
+    note = f"{len(pixels)} to train on, {len(validation)} for validation, {len(tested[0])} to test on, {size} px"
     source = "local folder" if Path(id).is_dir() else "Hugging Face Hub"
-    return Images(pixels, labels, test, test_labels, Provenance(id, source, "", "see its card", digest, note))
+    provenance = Provenance(id, source, "", "see its card", digest, note)
+    return Images(pixels, labels, validation, validation_labels, *tested, provenance)
 
 
 def _read(id: str, split: str, size: int, channels: int, image: str, label: str) -> tuple[Tensor, Tensor]:

@@ -73,11 +73,15 @@ def turned(pixels: Tensor, degrees: Tensor, shift: Tensor | None = None) -> Tens
     return F.grid_sample(pixels + 1, grid, align_corners=False) - 1
 
 
-def load(*, gap: float = 0.5, seed: int = 0, pretrain: int = 900, train: int = 120, views: int = 3) -> Split:
+def load(
+    *, gap: float = 0.5, seed: int = 0, pretrain: int = 900, train: int = 120, views: int = 3, turn: float = 15,
+    noisy: bool = False, looks: int = 1,
+) -> Split:  # fmt: skip
     """Digits split by image; downstream pictures are turned by 90 gap degrees, dimmed to 70 % and noisy.
 
-    The teacher sees `views` jittered copies (15 degrees, 1 pixel) of `pretrain` images; `train` images, as many of each
-    class as can be, are the student's; 250 are for validation, 200 for the teacher's own test, the rest are the test.
+    The teacher sees `views` jittered copies (`turn` degrees, 1 pixel) of `pretrain` images, dim and noisy as well where
+    `noisy`; `train` images, as many of each class as can be, are the student's, `looks` noisy views of each; 250 are
+    for validation, 200 for the teacher's own test, the rest are the test.
     Raises WorkbenchError for a gap outside [0, 1], or when too few images are left.
     """
     if not 0 <= gap <= 1:
@@ -98,15 +102,22 @@ def load(*, gap: float = 0.5, seed: int = 0, pretrain: int = 900, train: int = 1
     sizes = [pretrain, 200, 250, len(rest) - pretrain - 450]
     teacher, original, validation, test = rest.split(sizes)
 
+    def dim(view: Tensor) -> Tensor:
+        return ((view + 1) * 0.7 - 1 + 0.25 * torch.randn(view.shape, generator=g)).clamp(-1, 1)
+
+    def images(view: Tensor, rows: Tensor) -> Images:
+        return Images(view.expand(-1, 3, -1, -1).contiguous(), labels[rows], rows)
+
     def upright(rows: Tensor, copies: int) -> Images:
         rows = rows.repeat(copies)
-        degrees = (torch.rand(len(rows), generator=g) * 2 - 1) * 15
+        degrees = (torch.rand(len(rows), generator=g) * 2 - 1) * turn
         shift = torch.rand(len(rows), 2, generator=g) * 2 - 1
-        return Images(turned(pixels[rows], degrees, shift).expand(-1, 3, -1, -1).contiguous(), labels[rows], rows)
+        view = turned(pixels[rows], degrees, shift)
+        return images(dim(view) if noisy else view, rows)
 
-    def downstream(rows: Tensor) -> Images:
-        view = turned(pixels[rows], torch.full((len(rows),), 90.0 * gap))
-        view = (view + 1) * 0.7 - 1 + 0.25 * torch.randn(view.shape, generator=g)
-        return Images(view.clamp(-1, 1).expand(-1, 3, -1, -1).contiguous(), labels[rows], rows)
+    def downstream(rows: Tensor, copies: int = 1) -> Images:
+        rows = rows.repeat(copies)
+        return images(dim(turned(pixels[rows], torch.full((len(rows),), 90.0 * gap))), rows)
 
-    return Split(upright(teacher, views), upright(original, 1), *(downstream(r) for r in (student, validation, test)))
+    learn = downstream(student, looks)
+    return Split(upright(teacher, views), upright(original, 1), learn, downstream(validation), downstream(test))

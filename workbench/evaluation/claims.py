@@ -35,6 +35,13 @@ class Claim:
         return f"{self.measure} {'≥' if self.direction == '>=' else '≤'} {self.margin:g} {self.unit}".strip()
 
 
+def claim(
+    id: str, sentence: str, paper_figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float
+) -> Claim:
+    """A claim whose measure bears the claim's own name."""
+    return Claim(id, sentence, paper_figure, source, id, unit, direction, margin)
+
+
 @dataclass(frozen=True)
 class Judgement:
     """A claim, the values it was judged from (by seed), their interval, and the verdict."""

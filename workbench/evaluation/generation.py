@@ -74,10 +74,10 @@ def quality(judge: nn.Module, tokens: Tensor) -> dict[str, float]:
 def at_entropy(frontier: Sequence[tuple[float, float]], entropy: float) -> float:
     """The loss that a family of samplers (entropy, loss), say one model's temperatures, has at this entropy.
 
-    Linear between its neighbours, and beyond the ends by the last two points, so that a sampler outside the family's
-    range is never compared with another entropy than its own. Two points or more, of different entropy.
+    Read off the least-squares line through all of them, within their range and beyond: neighbours in temperature often
+    differ by little more entropy than its sampling error, and a line through those two would say anything. Two points
+    or more, of different entropy.
     """
-    x, y = np.array(sorted(frontier)).T
-    i = int(np.clip(np.searchsorted(x, entropy), 1, len(x) - 1))
-    slope = (y[i] - y[i - 1]) / (x[i] - x[i - 1]) if x[i] > x[i - 1] else 0.0
-    return float(y[i - 1] + slope * (entropy - x[i - 1]))
+    x, y = np.array(frontier).T
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / np.square(x - x.mean()).sum()
+    return float(y.mean() + slope * (entropy - x.mean()))

@@ -96,7 +96,7 @@ def by_nfe(measured: Measured, config: Config, *, key: str = "loss", cost: str =
     )  # fmt: skip
 
 
-def quality_entropy(measured: Measured, config: Config, *, steps: int = 4, by: str = "pooled") -> go.Figure:
+def quality_entropy(measured: Measured, config: Config, *, steps: int = 4, by: str = "entropy") -> go.Figure:
     """The judge's loss against entropy at one NFE: the teacher's temperatures as a line, every other sampler a point.
 
     Below the line is better than the teacher at that entropy; to the left along it is only colder.

@@ -106,7 +106,7 @@ def against_cost(ceilings: Mapping[str, Any], measures: Mapping[str, Mapping[str
         drawn[f"{arm}, applied again"] = ([1, 2, 3, 4], [m[f"distance x{k}"] for k in (1, 2, 3, 4)])
         renoised = [m["distance x1"], *(m[f"distance renoised x{k}"] for k in (2, 3, 4))]
         drawn[f"{arm}, re-noised"] = ([1, 2, 3, 4], renoised)
-    floor = {"real held-out images": ceilings["floor"]}
+    floor = {"training images": ceilings["floor"]}
     return figures.lines(drawn, title="quality against sampling cost", x="network evaluations (NFE)", y=DISTANCE,
                          log_x=True, log_y=True, levels=floor)  # fmt: skip
 
@@ -133,8 +133,11 @@ def samples(
             else renoise(s.f, z, sigmas, torch.Generator().manual_seed(1))
         )
         rows.append(steps[-1])
-    title = f"teacher ({evaluations(12)} NFE), then {', '.join(students)} ({times} NFE)"
-    return figures.image_grid(to_unit(torch.cat(rows)), columns=count, title=title, scale=max(1, 48 // world.shape[-1]))
+    title = f"teacher ({evaluations(12)} NFE), then<br>{', '.join(students)} ({times} NFE)"
+    figure = figures.image_grid(
+        to_unit(torch.cat(rows)), columns=count, title=title, scale=max(1, 48 // world.shape[-1])
+    )
+    return figure.update_layout(margin_t=80, height=figure.layout.height + 30)  # room for the second line
 
 
 @torch.no_grad()
@@ -148,7 +151,8 @@ def editing(
     distance to the nearest training image.
     """
     assert world.images is not None and world.judge is not None
-    x = world.images.held_out[image : image + 1]
+    pixels, labels = world.images.held_out(world.split)
+    x = pixels[image : image + 1]
     rows, told = [], []
     for arm, student in students.items():
         generator = torch.Generator().manual_seed(seed)  # the same damage for every student
@@ -164,9 +168,7 @@ def editing(
         copy = nearest(out[-1], world.images.train).item()
         label = int(world.judge(out[-1]).argmax())
         told.append(f"{arm}: class {label}, error {error:.3f} (input {before:.3f}), nearest training image {copy:.2f}")
-    title = f"original ({int(world.images.held_out_labels[image])}), input, {times} applications<br>" + "<br>".join(
-        told
-    )
+    title = f"original ({int(labels[image])}), input, {times} applications<br>" + "<br>".join(told)
     figure = figures.image_grid(
         to_unit(torch.cat(rows)), columns=times + 2, title=title, scale=max(1, 72 // x.shape[-1])
     )
@@ -183,13 +185,24 @@ def editing_controls(world: World) -> dict[str, widgets.Widget]:
         return widgets.FloatSlider(value, min=0, max=1, step=0.125, description=name)
 
     return {
-        "image": widgets.IntSlider(3, 0, len(world.images.held_out) - 1, description="held-out image"),
+        "image": widgets.IntSlider(3, 0, len(world.images.held_out(world.split)[0]) - 1, description="held-out image"),
         "corruption": widgets.Dropdown(options=edits, description="edit"),
         "strength": widgets.FloatSlider(0.6, min=0, max=1.5, step=0.1, description="strength"),
         "times": widgets.IntSlider(3, 1, 6, description="applications"),
         "top": share(0.0, "mask: top"), "left": share(0.5, "mask: left"),
         "height": share(1.0, "mask: height"), "width": share(0.5, "mask: width"),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def recoloured(student: Student, world: World, *, count: int = 10) -> go.Figure:
+    """The first held-out images, the same without colour, and f of these; a column an image."""
+    assert world.images is not None
+    x = world.images.held_out(world.split)[0][:count]
+    grey = CORRUPTIONS["no colour"](x, 1.0, torch.Generator())
+    rows = to_unit(torch.cat([x, grey, student.f(grey)]))
+    title = "original, without colour, f of that"
+    return figures.image_grid(rows, columns=count, title=title, scale=max(1, 48 // x.shape[-1]))
 
 
 @torch.no_grad()
@@ -200,8 +213,9 @@ def memorised(student: Student, world: World, *, count: int = 8, seed: int = 0) 
     gaps = torch.cdist(x.flatten(1), world.images.train.flatten(1))
     order = gaps.amin(1).argsort()[:count]
     pairs = torch.cat([x[order], world.images.train[gaps[order].argmin(1)]])
-    title = f"closest {count} of 200 samples (above) and their nearest training images (below)"
-    return figures.image_grid(to_unit(pairs), columns=count, title=title, scale=max(1, 56 // x.shape[-1]))
+    title = f"closest {count} of 200 samples (above),<br>nearest training images (below)"
+    figure = figures.image_grid(to_unit(pairs), columns=count, title=title, scale=max(1, 56 // x.shape[-1]))
+    return figure.update_layout(margin_t=80, height=figure.layout.height + 30)
 
 
 @torch.no_grad()

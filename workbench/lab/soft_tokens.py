@@ -111,7 +111,8 @@ def table(measured: Mapping[tuple[str, int], Mapping[str, Any]], *, split: str, 
     title = f"training × inference on {SPLITS[split]}: greedy pass@1, sampled pass@{k}"
     figure = figures.heatmap(rows, title=title, x="inference", y="training", value="share right", x_labels=modes,
                              y_labels=list(arms))  # fmt: skip
-    figure.update_yaxes(autorange="reversed")  # the base model on top, as in the paper
+    # the base model on top, as in the paper
+    figure.update_yaxes(autorange="reversed", automargin=True, title_standoff=10)
     return figure
 
 
@@ -176,6 +177,46 @@ def learning(measured: Mapping[tuple[str, int], Mapping[str, Any]]) -> go.Figure
     if not curves:
         raise WorkbenchError("no arm was trained: there is no learning curve")
     return figures.lines(curves, title="greedy validation, own mode", x="optimiser step", y="share right")
+
+
+def term_norms(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
+    """Gradient norms of the objective's two terms while an arm trains; steps: arm -> its logged steps."""
+    curves = {}
+    for arm, rows in steps.items():
+        logged = [r for r in rows if "thought_norm" in r]
+        for term, words in (("thought", "log density of the chain"), ("answer", "answer")):
+            # where all chains of a step earn the same the gradient is zero up to rounding
+            norms = [(r["step"], r[f"{term}_norm"]) for r in logged if r[f"{term}_norm"] > 1e-4]
+            curves[f"{arm}: {words}"] = ([step for step, _ in norms], [norm for _, norm in norms])
+    if not any(xs for xs, _ in curves.values()):
+        raise WorkbenchError("no gradient norm was logged: train with norms=true")
+    figure = figures.lines(
+        curves, title="gradient norm of both terms of the objective, before clipping", x="optimiser step",
+        y="gradient norm", log_y=True, markers=False,
+    )  # fmt: skip
+    return figure.update_yaxes(dtick=1, exponentformat="power")
+
+
+def noise_sweep(config: Config, measured: Mapping[tuple[str, int], Mapping[str, Any]]) -> go.Figure:
+    """Greedy validation, hard tokens, against the noise factor: soft arms that differ in it alone, mean over seeds."""
+    usual, points = config.mode("soft"), {}
+    for arm, runs in by_arm(measured).items():
+        mode = config.mode(arm)  # type: ignore[arg-type]
+        if replace(mode, factor=usual.factor) == usual:
+            trails = [[r for r in m["trail"] if r["step"] > 0] for m in runs]
+            kept = [max(t, key=lambda r: (r["own"], r["step"]))["hard"] for t in trails]
+            points[mode.factor] = float(np.mean(kept)), float(np.mean([t[-1]["hard"] for t in trails]))
+    if not points:
+        raise WorkbenchError("no arm with soft tokens was trained: there is no noise to sweep")
+    factors = sorted(points)
+    before = [m["trail"][0]["hard"] for (arm, _), m in measured.items() if arm == "soft"]
+    figure = figures.lines(
+        {name: (factors, [points[f][i] for f in factors]) for i, name in enumerate(("kept step", "last step"))},
+        title="soft training against its noise (hard inference)", x="noise factor, in units of the embeddings' rms",
+        y="greedy validation, share right", levels={"base model": float(np.mean(before))} if before else None,
+        log_x=True,
+    )  # fmt: skip
+    return figure.update_xaxes(tickvals=factors, ticktext=[f"{f:g}" for f in factors])
 
 
 def mode_names(config: Config, *, sampled: bool) -> list[str]:

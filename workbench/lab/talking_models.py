@@ -18,7 +18,15 @@ from workbench.evaluation.intervals import mean_interval
 from workbench.lab import figures
 from workbench.losses.knowledge import state_distance
 from workbench.papers.talking_models import Config, Pupil
-from workbench.papers.talking_models_study import Job, Known, gain, load_job, seeds_of, train_student
+from workbench.papers.talking_models_study import (
+    Job,
+    Known,
+    gain,
+    load_job,
+    message_measures,
+    seeds_of,
+    train_student,
+)  # fmt: skip
 from workbench.papers.talking_models_tasks import Table, Task, at_gaps, evaluate, load_task, load_teacher
 
 
@@ -82,15 +90,15 @@ def gains(known: Known, config: Config, task: str, gap: float, against: str = "a
 
 def diagnosis(known: Known, config: Config, task: str) -> str:
     """A line an arm that talks, the mean over seeds: what its messages are like on test inputs (message_measures)."""
-    names = ("d(b_S, b'_S)", "d(messages)", "rank", "probe", "train", "test")
-    lines = [f"{task:18} " + " ".join(f"{n:>{w}}" for n, w in zip(names, (12, 12, 6, 6, 6, 6), strict=True))]
+    names = ("d(b_S, b'_S)", "d(messages)", "L_SC", "rank", "probe", "train", "test")
+    lines = [f"{task:18} " + " ".join(f"{n:>{w}}" for n, w in zip(names, (12, 12, 6, 6, 6, 6, 6), strict=True))]
     for arm in config.arms:
         rows = [known[key] for key in known if key[:3] == (task, config.gap, arm) and "reply" in known[key]]
         if rows:
             mean = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
             lines.append(
-                f"  {arm:16} {mean['reply']:12.2f} {mean['mc']:12.2f} {mean['rank']:6.1f} {mean['probe']:6.2f} "
-                f"{mean['train']:6.2f} {mean['error']:6.2f}"
+                f"  {arm:16} {mean['reply']:12.2f} {mean['mc']:12.2f} {mean['sc']:6.2f} {mean['rank']:6.1f} "
+                f"{mean['probe']:6.2f} {mean['train']:6.2f} {mean['error']:6.2f}"
             )
     return "\n".join(lines)
 
@@ -134,6 +142,43 @@ def train_at(config: Config, folder: Path, task: str, gap: float, steps: int, se
     errors["the teacher itself"] = [evaluate(teacher, data.test)]
     title = f"{task}: trained now at gap {gap:g}, {steps} steps, seed {seed}"
     return figures.bars(errors, title=title, y=f"test error ({data.unit})", x="arm")
+
+
+def elsewhere(
+    config: Config, folder: Path, task: str, *, teacher: tuple[int, int], student: tuple[int, int], message: int,
+    steps: int, seed: int,
+) -> go.Figure:  # fmt: skip
+    """Two-way students trained anew: messages of other layers (low, high) or another width, and as in the run.
+
+    Left their errors on the VALIDATION part beside the student alone's; right what their messages there are like.
+    """
+    own = replace(config, gaps=(), steps=steps)
+    here = replace(
+        own, teacher_low=teacher[0], teacher_high=teacher[1], student_low=student[0], student_high=student[1],
+        message=message,
+    )  # fmt: skip
+    data = load_task(own, task, seed)
+    shown = replace(data, test=data.validation)  # what is chosen by moving a slider is not chosen on the test part
+    figure = make_subplots(1, 2, subplot_titles=("validation error", "messages, validation part"))
+    trained = (("alone", own, "alone"), ("as in the run", own, "two-way"), ("as chosen", here, "two-way"))
+    for place, (name, c, arm) in enumerate(trained):
+        cut = f"{steps} steps, T {c.teacher_low}-{c.teacher_high}, S {c.student_low}-{c.student_high}, k {c.message}"
+        stages = load_teacher(c, data, seed, folder / "teachers")
+        job = Job(c, task, arm, seed, c.gap, folder / "elsewhere" / cut)
+        pupil = train_student(job, data, stages, progress=False)
+        colour = figures.PALETTE[place]
+        figure.add_bar(x=[name], y=[evaluate(pupil.student, data.validation)], marker_color=colour, showlegend=False,
+                       row=1, col=1)  # fmt: skip
+        if arm == "two-way":
+            found = message_measures(pupil, shown)
+            values = {"targets a probe reads": found["probe"], "directions used / k": found["rank"] / c.message,
+                      "reply follows state": 1 - found["reply"] / 2}  # fmt: skip
+            figure.add_bar(x=list(values), y=list(values.values()), marker_color=colour, name=f"two-way, {name}",
+                           row=1, col=2)  # fmt: skip
+    figure.update_yaxes(title_text=data.unit, row=1, col=1)
+    figure.update_yaxes(title_text="share (reply: 1 - d / 2, 0 is unrelated)", row=1, col=2)
+    title = f"{task}: teacher {teacher[0]} to {teacher[1]}, student {student[0]} to {student[1]}, k = {message}"
+    return figure.update_layout(template=figures.TEMPLATE, title=title, height=440, legend={"orientation": "h"})
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

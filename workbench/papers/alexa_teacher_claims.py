@@ -1,8 +1,8 @@
 """What a run of the Alexa Teacher Model is judged by: the claims, and their measures from the scores of every arm."""
 
-from typing import Any, Literal
+from typing import Any
 
-from workbench.evaluation.claims import Claim
+from workbench.evaluation.claims import Claim, claim
 from workbench.evaluation.understanding import relative_change
 from workbench.papers.alexa_teacher_settings import ArmName
 
@@ -13,12 +13,6 @@ COMPARED: tuple[tuple[ArmName, ArmName], ...] = (
     ("via intermediate", "MLM alone"), ("via intermediate", "direct"), ("via intermediate", "stage 1 student"),
     ("via intermediate", "scratch"),
 )  # fmt: skip
-
-
-def _claim(
-    id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float
-) -> Claim:
-    return Claim(id, sentence, figure, source, id, unit, direction, margin)
 
 
 # What tuning gave, seeds 100 and 101 alone. One grid of rates, 2e-3, 4e-3 and 8e-3, seed 100, 800 steps: the teacher's
@@ -36,7 +30,7 @@ def _claim(
 # at 2, 4 and 8e-3, SemER 69, 70 and 61 % tuned at 4e-3: students want a larger rate than the teacher, to be tuned
 # before judging.
 CLAIMS: tuple[Claim, ...] = (
-    _claim(
+    claim(
         "indomain_loss",
         "Stage 2 teaches the assistant's language: held-out in-domain loss, stage 2 minus stage 1 continued",
         "no figure",
@@ -45,7 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -3.0,
     ),
-    _claim(
+    claim(
         "stage2_intent",
         "Stage 2 lowers the intent error against as many more steps of stage 1: relative change",
         "-3.86 %",
@@ -54,9 +48,9 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -3.86,
     ),
-    _claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", -7.01),
-    _claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", -10.0),
-    _claim(
+    claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", -7.01),
+    claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", -10.0),
+    claim(
         "intermediate_beats_teacher",
         "The intermediate student of the in-domain teacher beats the larger public-text teacher: SemER",
         "-2.88 % IC, -7.69 % SF against 14x the size",
@@ -65,7 +59,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -3.0,
     ),
-    _claim(
+    claim(
         "student_beats_teacher",
         "So does the final student, distilled through the intermediate",
         "17M beats public models of 42M and 85M",
@@ -74,7 +68,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "indomain_teacher",
         "The teacher's text matters: student of the stage 2 teacher against that of the stage 1 teacher, SemER",
         "-3.74 to -4.91 % dissatisfaction",
@@ -83,7 +77,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -4.0,
     ),
-    _claim(
+    claim(
         "indomain_text",
         "The student's own pre-training text matters: distilled on utterances against on public text, SemER",
         "no figure",
@@ -92,7 +86,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -4.0,
     ),
-    _claim(
+    claim(
         "distilled",
         "Distillation beats the same student by MLM alone: SemER",
         "no figure",
@@ -101,7 +95,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -5.0,
     ),
-    _claim(
+    claim(
         "intermediate_helps",
         "The intermediate teacher helps the final student: SemER",
         "no figure",
@@ -110,7 +104,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         0.0,
     ),
-    _claim(
+    claim(
         "same_size_stage1",
         "The final student beats a same-size encoder with stage 1 only: SemER",
         "-4.23 %, -6.14 %",
@@ -119,7 +113,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -5.0,
     ),
-    _claim(
+    claim(
         "transfer",
         "Pre-training carries intents to a language without labels: intent error against no pre-training",
         "no figure in what could be checked",
@@ -128,7 +122,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         -5.0,
     ),
-    _claim(
+    claim(
         "written_lost",
         "Public text in spoken form alone unlearns written text: held-out written loss, all spoken minus 70 % spoken",
         "no figure",
@@ -137,7 +131,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         1.0,
     ),
-    _claim(
+    claim(
         "written_kept",
         "The mix keeps written text: held-out written loss, 70 % spoken minus nothing spoken",
         "no figure",

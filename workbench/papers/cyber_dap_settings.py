@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from workbench.config import Param, config
-from workbench.evaluation.claims import Claim
+from workbench.evaluation.claims import Claim, claim
 
 TITLE = "Less Data, More Security: domain-adaptive continued pre-training"
 AUTHORS = "Salahuddin, Hussain, Löppönen, Jutila, Papadimitratos"
@@ -113,35 +113,31 @@ PRESETS = {
 }  # fmt: skip
 
 
-def _claim(id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float):
-    return Claim(id, sentence, figure, source, id, unit, direction, margin)
-
-
 # Settings and margins were fixed on seed 100 (base 0), before any judging seed. What it gave, in the order below: 1.27
 # nats; 11.7 and 1.2 points; .47 nats; 3.2 points; 1.82 nats; forgotten 1.09 nats; then .42, .46, .44 and .85 nats. The
 # constrained rate comes from 3e-4 (2 passes over more text: no gain in accuracy) and 1e-3, LoRA's from 3e-3 and 1e-2
 # (.16 nats better). "Keeps general ability" has the margin a reader would take the sentence for, not one that passes.
 CLAIMS: tuple[Claim, ...] = (
-    _claim("domain_nll", "DAP learns the domain: fall of the loss on security pages it never saw",
-           "no figure in the abstract", "method", "nats", ">=", 0.8),
-    _claim("qa_trained", "DAP answers better on pages it was trained on: accuracy, after minus before",
-           "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 3.0),
-    _claim("qa_held_out", "and on fields and pages kept out of the corpus",
-           "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 0.0),
-    _claim("knowledge_nll", "It is the text that teaches: loss on unseen pages, the better control minus DAP",
-           "no control in the abstract", "our control", "nats", ">=", 0.25),
-    _claim("knowledge_qa", "and the questions tell too: accuracy on trained pages, DAP minus the better control",
-           "no control in the abstract", "our control", "points", ">=", 0.0),
-    _claim("constrained", "A constrained learning rate forgets less: general loss, aggressive minus constrained",
-           "asserted without figures", "abstract", "nats", ">=", 0.8),
-    _claim("retained", "DAP keeps general ability: rise of the loss on general text",
-           "asserted without figures", "abstract", "nats", "<=", 0.3),
-    _claim("more_tokens", "More domain tokens, more gain: loss on unseen pages, 42 % of the corpus minus all of it",
-           "1M, 50M and 118.8M tokens", "thesis abstract", "nats", ">=", 0.2),
-    _claim("less_data", "Less data, more security: loss on unseen pages, twice as much uncurated text minus curated",
-           "118.8M against 2.77B and 5B tokens", "abstract", "nats", ">=", 0.2),
-    _claim("full_beats_lora", "Training all parameters beats LoRA on the same tokens: loss on unseen pages, difference",
-           "beaten, no figures at hand", "abstract, version 2", "nats", ">=", 0.2),
-    _claim("replay_forgets_less", "General text in the batch forgets less at equal domain tokens: general loss, change",
-           "not in the paper", "our addition", "nats", ">=", 0.4),
+    claim("domain_nll", "DAP learns the domain: fall of the loss on security pages it never saw",
+          "no figure in the abstract", "method", "nats", ">=", 0.8),
+    claim("qa_trained", "DAP answers better on pages it was trained on: accuracy, after minus before",
+          "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 3.0),
+    claim("qa_held_out", "and on fields and pages kept out of the corpus",
+          "CTI-MCQ 0.718, best other 0.668", "abstract", "points", ">=", 0.0),
+    claim("knowledge_nll", "It is the text that teaches: loss on unseen pages, the better control minus DAP",
+          "no control in the abstract", "our control", "nats", ">=", 0.25),
+    claim("knowledge_qa", "and the questions tell too: accuracy on trained pages, DAP minus the better control",
+          "no control in the abstract", "our control", "points", ">=", 0.0),
+    claim("constrained", "A constrained learning rate forgets less: general loss, aggressive minus constrained",
+          "asserted without figures", "abstract", "nats", ">=", 0.8),
+    claim("retained", "DAP keeps general ability: rise of the loss on general text",
+          "asserted without figures", "abstract", "nats", "<=", 0.3),
+    claim("more_tokens", "More domain tokens, more gain: loss on unseen pages, 42 % of the corpus minus all of it",
+          "1M, 50M and 118.8M tokens", "thesis abstract", "nats", ">=", 0.2),
+    claim("less_data", "Less data, more security: loss on unseen pages, twice as much uncurated text minus curated",
+          "118.8M against 2.77B and 5B tokens", "abstract", "nats", ">=", 0.2),
+    claim("full_beats_lora", "Training all parameters beats LoRA on the same tokens: loss on unseen pages, difference",
+          "beaten, no figures at hand", "abstract, version 2", "nats", ">=", 0.2),
+    claim("replay_forgets_less", "General text in the batch forgets less at equal domain tokens: general loss, change",
+          "not in the paper", "our addition", "nats", ">=", 0.4),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from workbench.config import Param, config
 from workbench.errors import WorkbenchError
-from workbench.evaluation.claims import Claim
+from workbench.evaluation.claims import Claim, claim
 
 TITLE = "DiDi-Instruct: ultra-fast language generation by discrete diffusion divergence instruct"
 AUTHORS = "Haoyang Zheng, Xinyang Liu, Cindy Xiangrui Kong, Nan Jiang, Zheyuan Hu, Weijian Luo, Wei Deng, Guang Lin"
@@ -83,8 +83,8 @@ class Config:
     length: Annotated[int, Param("sequence length L", unit="tokens", ge=2)] = 16
     width: Annotated[int, Param("width of teacher, student, critic and judge", ge=8)] = 64
     layers: Annotated[int, Param("their blocks", ge=1)] = 3
-    teacher_steps: Annotated[int, Param("optimiser steps of the teacher", unit="steps", ge=1)] = 3000
-    judge_steps: Annotated[int, Param("optimiser steps of the judge", unit="steps", ge=1)] = 800
+    teacher_steps: Annotated[int, Param("optimiser steps of the teacher", unit="steps", ge=1)] = 8000
+    judge_steps: Annotated[int, Param("optimiser steps of the judge", unit="steps", ge=1)] = 450
     teacher_length: Annotated[int, Param("windows that teacher and judge train on", unit="tokens", ge=2)] = 32
     seeds: Annotated[int, Param("students of each variant, counted from the run's seed", ge=1)] = 1
     variants: Annotated[tuple[Variant, ...], Param("which students to distil on text", min_length=1)] = ("didi",)
@@ -128,7 +128,7 @@ class Config:
         1, 2, 4, 8, 16,
     )  # fmt: skip
     temperatures: Annotated[tuple[float, ...], Param("of the teacher's frontier; 1 among them", min_length=2)] = (
-        0.6, 0.7, 0.8, 0.9, 1.0,
+        0.7, 0.8, 0.9, 1.0, 1.1,
     )  # fmt: skip
     samples: Annotated[int, Param("sequences a measurement", ge=8)] = 128
     guidance: Annotated[tuple[float, float], Param("RGAS: h at its first and last tilted step")] = (0.2, 1.0)
@@ -137,8 +137,8 @@ class Config:
     exact_variants: Annotated[tuple[Variant, ...], Param("which students to distil in the listed world")] = ("didi",)
     exact_length: Annotated[int, Param("letters of a window of the listed world", ge=2, le=5)] = 4
     exact_teacher_steps: Annotated[int, Param("optimiser steps of its teacher", unit="steps", ge=1)] = 300
-    exact_steps: Annotated[int, Param("distillation steps there", unit="steps", ge=1)] = 50
-    exact_batch: Annotated[int, Param("windows a step there", ge=2)] = 256
+    exact_steps: Annotated[int, Param("distillation steps there", unit="steps", ge=1)] = 90
+    exact_batch: Annotated[int, Param("windows a step there", ge=2)] = 640
     prompt: Annotated[str | None, Param("text that the samples of the film begin with")] = None
     workers: Annotated[int, Param("jobs at the same time (0: one a core)", ge=0)] = 0
 
@@ -160,8 +160,9 @@ class Config:
     def exact(self) -> "Config":
         """This config with the listed world's own numbers; its windows are so short that every position is read."""
         return replace(
-            self, length=self.exact_length, nfe=(1,), steps=self.exact_steps, batch=self.exact_batch, lr=1e-3,
+            self, length=self.exact_length, nfe=(1,), steps=self.exact_steps, batch=self.exact_batch, lr=7e-4,
             critic_lr=1e-2, critic_blocks=2, critic_repeats=2, smoothing=0.0, kl=0.1, positions="all",
+            critic_warmup=60, group=4, tau_per="sample",
         )  # fmt: skip
 
     def parts(self) -> Parts:
@@ -173,13 +174,16 @@ _LISTED: tuple[Variant, ...] = (
     "didi", "no score decomposition", "no coupled time", "no omega", "no regularisation", "no group normalisation",
     "none of the parts", "+ score decomposition", "+ coupled time",
 )  # fmt: skip
+# groups that share tau: at the start of training the mean gradient is 9 % of a batch's squared norm, 3 % by fours
+_TEXT: dict[str, Any] = {"lr": 3e-4, "group": 64, "tau_per": "group"}
 PRESETS = {
     "quick": Config(
-        steps=25, critic_warmup=25, samples=64, temperatures=(0.7, 1.0), nfe=(1, 2, 4, 8),
+        steps=25, critic_warmup=25, samples=64, temperatures=(0.7, 1.0), nfe=(1, 2, 4, 8), **_TEXT,
         exact_variants=("didi", "no score decomposition"),
     ),
     "desk": Config(
-        seeds=3, variants=("didi", "no score decomposition"), sdtt_steps=120, exact_variants=_LISTED,
+        seeds=5, variants=("didi", "no score decomposition", "no coupled time"), steps=200, critic_warmup=200,
+        sdtt_steps=240, sdtt_rounds=1, sdtt_from=4, sdtt_lr=3e-3, samples=1024, exact_variants=_LISTED, **_TEXT,
     ),
     # section 2 of the public notes and configs; batch, KL and entropy weights are uncertain, see the notebook
     "full": Config(
@@ -193,36 +197,43 @@ PRESETS = {
 }  # fmt: skip
 
 
-def _claim(id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float):
-    return Claim(id, sentence, figure, source, id, unit, direction, margin)
-
-
-# Settings and margins come from tuning seeds 100 and 101. The listed world gave, in that order: KL at 2 steps .64 and
-# .65, integral KL .88 and .84, decomposition 1.8 and 2.0, coupled time 1.6 and .8 (so no clear effect is expected).
-# On text seed 100 at lr 5e-4 gave: loss at 4 NFE .05 above the teacher's, entropy kept .993, RGAS .13 nats better; at
-# 1e-3 and 1.5e-3 the student was worse than the teacher. The paper's direction is judged all the same.
+# Settings and margins come from tuning seeds. Listed world, seeds 101 to 103, KL at 2 steps and integral KL over the
+# teacher's: 45 steps .80 .60 .55 and .94 .86 .83; a longer warm-up of the critic (200) .66 .56 .55; its rate 3e-3 .62
+# .55 .47; 90 steps .52 .53 .46 and .82 .81 .79: taken for every variant. At 45 steps seeds 100 and 101 gave
+# decomposition 2.0 and 1.4, coupled time 1.0 and .7: the paper's direction is judged all the same.
+# Text, seed 100, 512 samples, gain at 4 NFE at matched entropy (error about .1). 100 steps in groups of 4: lr 5e-5 .0,
+# 1e-4 -.1, 5e-4 -.5, 1.5e-3 -.4; KL weight 2 at 2e-4 .0; no omega -.1. Groups of 16 that share tau: 5e-4 -.3, 1.5e-3
+# -1.0, KL 2 at 1e-4 -.2. 300 steps at 3e-4, KL 2: groups of 4 .0, of 16 -.1. Groups of 64 that share tau, 200 steps:
+# 3e-4 .0 (loss at 2 to 8 NFE .02 to .10 below the teacher's: taken), 1e-3 with KL 2 -.25, Beta(2, 2) at 5e-4 .0, no
+# omega -.05, the teacher's text as reference -.15. SDTT, 240 steps: 3 rounds at 3e-4, 1e-3, 3e-3, 1e-2 -.1 .0 -.1 -.2;
+# one round of 4 to 2 steps at 3e-4, 1e-3, 3e-3, 1e-2 -.03 -.06 .03 (taken) -.03; of 8 to 4 at 1e-3, 3e-3 -.05 .01; of
+# 16 to 8 -.05 .03; two rounds from 8 -.05 .01, from 16 .0. These nine came after the desk run, so that SDTT had as many
+# tries (15) as DiDi; none is better than the one taken. So no gain on text is expected; margins ask for what the
+# paper's words say.
 CLAIMS: tuple[Claim, ...] = (
-    _claim("listed_kl", "Listed world: two steps come nearer to the text: exact KL, student over teacher",
-           "16 NFE beat the teacher's 1024", "abstract", "ratio", "<=", 0.8),
-    _claim("listed_ikl", "Listed world: what is minimised falls: exact integral KL, student over teacher",
-           "Theorem 3.1", "section 3", "ratio", "<=", 0.95),
-    _claim("listed_decomposition",
-           "Listed world: intermediate-state matching decides: KL at 2 steps, without over with",
-           "8 NFE: 33,584 without, 62.2 with", "leave-one-out table (second-hand)", "x", ">=", 1.3),
-    _claim("listed_coupled", "Listed world: coupled time helps: exact KL at 2 steps, without over with",
-           "8 NFE: 667.8 to 101.0", "cumulative table (second-hand)", "x", ">=", 1.1),
-    _claim("few_steps_matched", "Text: at 4 NFE and its own entropy the student beats the teacher: judge's loss gained",
-           "16 NFE: 38.2, teacher 38.5 at 1024", "main table; entropies not matched there", "nats a token", ">=", 0.1),
-    _claim("speed", "Text: 8 NFE of the student are as good as 16 of the teacher: loss gained",
-           "16 NFE: 38.2, teacher 38.5 at 1024", "main table", "nats a token", ">=", 0.0),
-    _claim("entropy_kept", "Text: and it stays as varied inside a sequence: entropy at 4 NFE, student over teacher",
-           "entropy loss about 1 %", "abstract", "ratio", ">=", 0.98),
-    _claim("distinct_kept", "Text: and between sequences: distinct bigrams at 4 NFE, student over teacher",
-           "no figure", "section 4", "ratio", ">=", 0.95),
-    _claim("decomposition", "Text: intermediate-state matching helps: loss gained at matched entropy, 4 NFE",
-           "8 NFE: 33,584 without, 62.2 with", "leave-one-out table (second-hand)", "nats a token", ">=", 0.05),
-    _claim("guidance", "Text: reward-guided sampling helps at few steps: loss gained at matched entropy, 4 NFE",
-           "8 NFE: 88.3 to 62.2", "cumulative table (second-hand)", "nats a token", ">=", 0.05),
-    _claim("against_sdtt", "Text: better than SDTT of the same budget: loss gained at matched entropy, 4 NFE",
-           "16 NFE: 38.2, SDTT 61.3", "later paper (second-hand)", "nats a token", ">=", 0.0),
+    claim("listed_kl", "Listed world: two steps come nearer to the text: exact KL, student over teacher",
+          "16 NFE beat the teacher's 1024", "abstract", "ratio", "<=", 0.7),
+    claim("listed_ikl", "Listed world: what is minimised falls: exact integral KL, student over teacher",
+          "Theorem 3.1", "section 3", "ratio", "<=", 0.9),
+    claim("listed_decomposition",
+          "Listed world: intermediate-state matching decides: KL at 2 steps, without over with",
+          "8 NFE: 33,584 without, 62.2 with", "leave-one-out table (second-hand)", "x", ">=", 1.3),
+    claim("listed_coupled", "Listed world: coupled time helps: exact KL at 2 steps, without over with",
+          "8 NFE: 667.8 to 101.0", "cumulative table (second-hand)", "x", ">=", 1.1),
+    claim("few_steps_matched", "Text: at 4 NFE and its own entropy the student beats the teacher: judge's loss gained",
+          "16 NFE: 38.2, teacher 38.5 at 1024", "main table; entropies not matched there", "nats a token", ">=", 0.1),
+    claim("speed", "Text: 8 NFE of the student are as good as 16 of the teacher: loss gained",
+          "16 NFE: 38.2, teacher 38.5 at 1024", "main table", "nats a token", ">=", 0.0),
+    claim("entropy_kept", "Text: and it stays as varied inside a sequence: entropy at 4 NFE, student over teacher",
+          "entropy loss about 1 %", "abstract", "ratio", ">=", 0.98),
+    claim("distinct_kept", "Text: and between sequences: distinct bigrams at 4 NFE, student over teacher",
+          "no figure", "section 4", "ratio", ">=", 0.95),
+    claim("decomposition", "Text: intermediate-state matching helps: loss gained at matched entropy, 4 NFE",
+          "8 NFE: 33,584 without, 62.2 with", "leave-one-out table (second-hand)", "nats a token", ">=", 0.05),
+    claim("coupled", "Text: coupled time helps: loss gained at matched entropy, 4 NFE",
+          "8 NFE: 667.8 to 101.0", "cumulative table (second-hand)", "nats a token", ">=", 0.05),
+    claim("guidance", "Text: reward-guided sampling helps at few steps: loss gained at matched entropy, 4 NFE",
+          "8 NFE: 88.3 to 62.2", "cumulative table (second-hand)", "nats a token", ">=", 0.05),
+    claim("against_sdtt", "Text: better than SDTT of the same budget: loss gained at matched entropy, 4 NFE",
+          "16 NFE: 38.2, SDTT 61.3", "later paper (second-hand)", "nats a token", ">=", 0.0),
 )  # fmt: skip

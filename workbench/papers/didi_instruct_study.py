@@ -23,7 +23,8 @@ from workbench.models.masked_lm import check_vocabulary, load_masked_lm, save_ma
 from workbench.models.mdlm_dit import load_mdlm, save_mdlm
 from workbench.models.transformer import DecoderLM, LMConfig, from_llama, llama_config, to_llama
 from workbench.papers import didi_instruct_exact as listed
-from workbench.papers.didi_instruct import Guidance, Student, distil, sdtt, variant_parts
+from workbench.papers.didi_instruct import Guidance, Student, distil, variant_parts
+from workbench.papers.didi_instruct_sdtt import sdtt
 from workbench.papers.didi_instruct_settings import REFERENCE, Config
 from workbench.training.loop import Recipe, fit, step_seed
 from workbench.training.pool import map_jobs
@@ -280,13 +281,13 @@ def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[t
     return known
 
 
-def frontier(teacher: Mapping[str, Any], config: Config, steps: int, by: str = "pooled") -> list[tuple[float, float]]:
+def frontier(teacher: Mapping[str, Any], config: Config, steps: int, by: str = "entropy") -> list[tuple[float, float]]:
     """The teacher's (entropy, judge's loss) at one NFE, a point a temperature."""
     return [(teacher[f"T {t:g} {by} @ {steps}"], teacher[f"T {t:g} loss @ {steps}"]) for t in config.temperatures]
 
 
 def gain(measures: Mapping[str, Any], teacher: Mapping[str, Any], config: Config, steps: int, prefix: str = "",
-         by: str = "pooled") -> float:  # fmt: skip
+         by: str = "entropy") -> float:  # fmt: skip
     """How far a sampler's judge loss lies below the teacher's of the same NFE and entropy, nats a token."""
     there = at_entropy(frontier(teacher, config, steps, by), measures[f"{prefix}{by} @ {steps}"])
     return there - measures[f"{prefix}loss @ {steps}"]
@@ -310,9 +311,8 @@ def claim_values(jobs: Mapping[str, Mapping[str, Any]], config: Config) -> dict[
     if didi is None or teacher is None or few not in config.nfe:
         return out
     out["few_steps"] = teacher[f"T 1 loss @ {few}"] - didi[f"loss @ {few}"]
-    # matched by the entropy of all tokens: that inside a short sequence is nearly full and hardly moves
     out["few_steps_matched"] = gain(didi, teacher, config, few)
-    out["few_steps_matched_inside"] = gain(didi, teacher, config, few, by="entropy")
+    out["few_steps_matched_pooled"] = gain(didi, teacher, config, few, by="pooled")
     out["entropy_kept"] = didi[f"entropy @ {few}"] / teacher[f"T 1 entropy @ {few}"]
     out["pooled_kept"] = didi[f"pooled @ {few}"] / teacher[f"T 1 pooled @ {few}"]
     out["distinct_kept"] = didi[f"distinct2 @ {few}"] / teacher[f"T 1 distinct2 @ {few}"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from workbench.config import Param, config
-from workbench.evaluation.claims import Claim
+from workbench.evaluation.claims import Claim, claim
 from workbench.models.generalised_attention import Mixer
 
 TITLE = "LinFusion: 1 GPU, 1 Minute, 16K Image"
@@ -128,16 +128,12 @@ PRESETS = {
 }  # fmt: skip
 
 
-def _claim(id: str, sentence: str, figure: str, source: str, unit: str, direction: Literal[">=", "<="], margin: float):
-    return Claim(id, sentence, figure, source, id, unit, direction, margin)
-
-
 # Margins were set from student seeds 100 (teacher 0) and 101 (teacher 1), before any judging seed of the desk preset.
 # What those two gave, in the order below: distilled 21 and 11, L_simple 1.002 and 1.012, agreement -.02 and .00, at 4x
 # +.06 and -.03, drift 1.0 and .5, without 10 and 7.7, normalisation 228 and 306, causal 4.9 and 3.8, its agreement .03
 # and .02, gates 1.4 and 1.6, init 4.8 and 6.9, stale ranks 3.3 and 4.4, adapter .97 and 1.13 (101: 150 steps, not 200).
 CLAIMS: tuple[Claim, ...] = (
-    _claim(
+    claim(
         "distilled",
         "Distillation closes the gap: L_kd at step 0 over L_kd afterwards",
         "FID 12.57, teacher 12.86",
@@ -146,7 +142,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         8.0,
     ),
-    _claim(
+    claim(
         "simple_excess",
         "The student denoises as well as its teacher: L_simple, student over teacher",
         "FID 12.57, teacher 12.86",
@@ -155,7 +151,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         1.05,
     ),
-    _claim(
+    claim(
         "agreement_kept",
         "Samples are as coherent as the teacher's at the training size: agreement, difference",
         "CLIP-T 0.323, teacher 0.321",
@@ -164,7 +160,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         -0.05,
     ),
-    _claim(
+    claim(
         "agreement_kept_x2",
         "and at four times the tokens, never trained on",
         "CLIP-T 0.285, teacher 0.290",
@@ -173,7 +169,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         -0.08,
     ),
-    _claim(
+    claim(
         "drift",
         "With normalisation the error does not grow with the tokens: L_kd at 4x tokens over 1x",
         "FID 36.33 at 1024 px",
@@ -182,7 +178,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         1.5,
     ),
-    _claim(
+    claim(
         "drift_without",
         "Without normalisation it does",
         "FID about 307 (from memory)",
@@ -191,7 +187,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         5.0,
     ),
-    _claim(
+    claim(
         "normalisation",
         "Normalisation decides across resolutions: L_kd at 4x tokens, without over with",
         "FID about 307, with 36.33",
@@ -200,7 +196,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         20.0,
     ),
-    _claim(
+    claim(
         "non_causal",
         "Non-causal mixing beats causal: L_kd, causal over non-causal",
         "each step improves",
@@ -209,7 +205,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         2.5,
     ),
-    _claim(
+    claim(
         "non_causal_agreement",
         "and keeps samples coherent at 4x tokens: agreement, non-causal minus causal",
         "each step improves",
@@ -218,8 +214,8 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         0.0,
     ),
-    _claim("gates", "f' and g' help: L_kd, without over with", "no figure in the paper", "method", "x", ">=", 1.2),
-    _claim(
+    claim("gates", "f' and g' help: L_kd, without over with", "no figure in the paper", "method", "x", ">=", 1.2),
+    claim(
         "teacher_init",
         "Starting from the teacher's projections helps: L_kd, random over teacher init",
         "no figure in the paper",
@@ -228,7 +224,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         2.0,
     ),
-    _claim(
+    claim(
         "synchronous_ranks",
         "Ranks that average S and s compute what one rank computes: largest difference",
         "exact by construction",
@@ -237,7 +233,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         1e-3,
     ),
-    _claim(
+    claim(
         "stale_ranks",
         "Stale statistics err less with smaller steps: error at 8 over 32 steps",
         "no figure",
@@ -246,7 +242,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         1.5,
     ),
-    _claim(
+    claim(
         "plug_in",
         "The teacher's adapter works on the student untouched: effect on student over effect on teacher",
         "shown as images",
@@ -255,7 +251,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         0.7,
     ),
-    _claim(
+    claim(
         "linear_exponent",
         "Time is linear in the tokens: fitted exponent",
         "1024 px: 1.8 s to 0.6 s",
@@ -264,7 +260,7 @@ CLAIMS: tuple[Claim, ...] = (
         "<=",
         1.3,
     ),
-    _claim(
+    claim(
         "softmax_exponent",
         "Softmax attention, fused, is quadratic: fitted exponent",
         "quadratic",
@@ -273,7 +269,7 @@ CLAIMS: tuple[Claim, ...] = (
         ">=",
         1.7,
     ),
-    _claim(
+    claim(
         "naive_exponent",
         "Softmax attention, unfused, is quadratic: fitted exponent",
         "quadratic",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workbench.data import digits
-from workbench.data.digits import Images
+from workbench.data.digits import Images, Split
 from workbench.data.mixture import GaussianMixture, ring
 from workbench.errors import WorkbenchError
 from workbench.losses import idempotent as ign
@@ -69,6 +69,7 @@ class World:
     sigma_max: float
     pairs: tuple[Tensor, Tensor]
     near: float  # noise up to which a point still belongs to one place of the data: L_denoise's highest
+    split: Split  # what is measured on: the images' held-out part, or a draw from the mixture
     images: Images | None = None
     judge: SmallClassifier | None = None
     mixture: GaussianMixture | None = None
@@ -147,8 +148,8 @@ def sources(config: Config) -> tuple[Images, Denoiser | None]:
         teacher: Denoiser | None = load_denoiser(config.model, config.size, config.channels)  # before data are read
     else:
         teacher = None
-    if config.data == "digits":
-        images = digits.load()
+    if config.data in ("digits", "tinted digits"):
+        images = digits.load() if config.data == "digits" else digits.tinted()
     else:
         from workbench.data.images import labelled_images
 
@@ -160,11 +161,11 @@ def sources(config: Config) -> tuple[Images, Denoiser | None]:
 
 
 def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loop: Any) -> World:
-    """Digits (or a labelled image set) with teacher `seed` mod `teachers`, trained here, or a DDPM from the Hub.
+    """Digits (or a labelled image set) with a teacher trained here, or a DDPM from the Hub.
 
     folder: of the run; what is finished there is loaded. Raises WorkbenchError as `sources` does.
     """
-    index = seed % config.teachers
+    index = seed % config.teachers if config.teachers else seed
     images, teacher = sources(config)
     record = Record(folder / f"teacher-{index}") if folder else None
     draw = _from(images.train)
@@ -176,8 +177,8 @@ def image_world(config: Config, seed: int = 0, folder: Path | None = None, **loo
         )  # fmt: skip
     world = World(
         draw=draw, shape=tuple(images.train.shape[1:]), teacher=teacher, start=teacher, sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max, pairs=(torch.empty(0), torch.empty(0)), near=config.denoise_max, images=images,
-        judge=train_classifier(images, config, record, **loop),
+        sigma_max=config.sigma_max, pairs=(torch.empty(0), torch.empty(0)), near=config.denoise_max,
+        split=config.split, images=images, judge=train_classifier(images, config, record, **loop),
     )  # fmt: skip
     return make_pairs(world, config, index, record.folder if record else None)
 
@@ -200,7 +201,7 @@ def plane_world(config: Config, folder: Path | None = None, **loop: Any) -> Worl
     )  # fmt: skip
     world = World(
         draw=mixture.draw, shape=(2,), teacher=mixture, start=start, sigma_min=0.02, sigma_max=5.0,
-        pairs=(torch.empty(0), torch.empty(0)), near=0.4, mixture=mixture,
+        pairs=(torch.empty(0), torch.empty(0)), near=0.4, split=config.split, mixture=mixture,
     )  # fmt: skip
     return make_pairs(world, config, 0, record.folder if record else None)
 
@@ -241,9 +242,7 @@ def losses(
     L_SIGN = L_rec + L_idem + l1 L_flow + l2 L_dmd + l3 L_reg + l4 L_denoise; the forms of the last four are inferred.
     L_IGN = w_r L_rec + w_i L_idem + w_t L_tight. All first applications of f are one forward pass.
     """
-    w, norm = arm.weights, config.norm
-    if arm.adversarial:
-        norm = config.ign_norm if world.mixture is None else config.ign_plane_norm
+    w, norm = arm.weights, arm.norm
     x, bare = batch["x"], getattr(f, "module", f)
     inputs: dict[str, Tensor] = {}
     if w["rec"] or (w["tight"] and arm.clamp):
@@ -315,16 +314,16 @@ def distil(
 
     Raises WorkbenchError for an arm whose every weight the config has set to 0.
     """
-    arm, plane = config.arm(name), world.mixture is not None
+    plane = world.mixture is not None
+    arm = config.arm(name, plane=plane)
     if not any(arm.weights.values()):
         raise WorkbenchError(f"the arm {name!r} has no term left: every weight it uses is 0")
     f = build_student(world, config, arm, seed)
     steps = round(arm.length * (config.plane_steps if plane else config.steps))
     size = config.plane_batch if plane else config.batch
     fake = world.start.copy().train() if arm.weights["dmd"] else None
-    lr = config.plane_lr if plane else config.ign_lr if arm.adversarial else config.lr
     recipe = Recipe(
-        steps=steps, lr=lr, betas=(0.5, 0.99), clip=config.clip, ema=config.ema,
+        steps=steps, lr=arm.lr, betas=(0.5, 0.99), clip=config.clip, ema=config.ema,
         precision=config.precision, save_every=config.save_every, log_every=max(1, steps // 48), seed=seed,
     )  # fmt: skip
 

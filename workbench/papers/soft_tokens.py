@@ -7,7 +7,8 @@ REINFORCE trains chains of thought without reference chains and without back-pro
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.losses.policy_gradient import advantages, gaussian_log_density, token_log_probability
-from workbench.models.thinking import Rollout, Think, embedding_table, pick, replay, rollout
+from workbench.models.thinking import Rollout, Think, embedding_table, full_precision, pick, replay, rollout
 from workbench.papers.soft_tokens_settings import (
     ABOUT,
     ARXIV,
@@ -31,7 +32,7 @@ from workbench.papers.soft_tokens_settings import (
     Mode,
 )  # fmt: skip
 from workbench.papers.soft_tokens_tasks import Questions, Task, load_base, load_task
-from workbench.training.loop import Fitted, Recipe, fit
+from workbench.training.loop import Fitted, Recipe, fit, step_seed
 from workbench.training.record import Record
 
 __all__ = [
@@ -65,10 +66,23 @@ def sigma_of(model: Any, factor: float) -> Tensor:
     return factor * embedding_table(model).float().square().mean().sqrt()
 
 
-def thinker(model: Any, mode: Mode, sigma: Tensor | float) -> Think:
+@contextmanager
+def head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """The final hidden states h^L (N, slots, n_L) that the output head was last fed, as the list's only entry."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(slice(None), inputs[:1]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def thinker(model: Any, mode: Mode, sigma: Tensor | float, seen: Sequence[Tensor] = ()) -> Think:
     """One step of the chain in `mode`: the next input (N, n0), its token (of a mixture the greedy shadow), the action.
 
-    The action is the token, h̃ itself, or the noisy logits of the other methods ("logits", "gumbel").
+    The action is the token, h̃ itself, or of the other methods the noisy logits ("logits", "gumbel") or the noisy final
+    hidden state ("hidden"), whose clean value is taken from `seen` (see head_inputs).
     """
     table = embedding_table(model).detach()
 
@@ -77,6 +91,13 @@ def thinker(model: Any, mode: Mode, sigma: Tensor | float) -> Think:
             token = pick(logits, mode.tau, generator)
             return table[token], token, token
         shadow = logits.argmax(-1)
+        if mode.noise == "hidden" and mode.factor > 0:
+            last = seen[0][:, -1]
+            last = last.repeat_interleave(len(logits) // len(last), 0)  # a prompt is read once for all its samples
+            noise = torch.randn(last.shape, generator=generator, device=last.device, dtype=last.dtype)
+            state = last + mode.factor * noise
+            z = full_precision(model.get_output_embeddings()(state))
+            return mixture(z, table, mode.tau, mode.top_k).to(table.dtype), shadow, state
         if mode.noise != "embedding" and mode.factor > 0:
             z = logits + logit_noise(logits, mode, generator)
             return mixture(z, table, mode.tau, mode.top_k).to(table.dtype), shadow, z
@@ -102,10 +123,11 @@ def generate(
 ) -> Rollout:  # fmt: skip
     """Chains and answers in one mode; only the chain is continuous, answers are greedy tokens unless answer_tau > 0."""
     noise = sigma_of(model, mode.factor) if sigma is None else sigma
-    return rollout(
-        model, questions.ids, questions.mask, thinker(model, mode, noise), task.format, limit=task.limit,
-        answer_limit=task.answer_limit, seed=seed, samples=samples, answer_tau=answer_tau, cached=cached,
-    )  # fmt: skip
+    with head_inputs(model) as seen:
+        return rollout(
+            model, questions.ids, questions.mask, thinker(model, mode, noise, seen), task.format, limit=task.limit,
+            answer_limit=task.answer_limit, seed=seed, samples=samples, answer_tau=answer_tau, cached=cached,
+        )  # fmt: skip
 
 
 def log_pi(
@@ -116,13 +138,17 @@ def log_pi(
     h is recomputed with gradient from the stored h̃, which are constants. detach: "softmax" and / or "table" stops the
     gradient through that part of h = p E (for the analysis; the paper does not say whether it stops any).
     """
-    logits, answer_logits = replay(model, chains, continuous=mode.kind != "hard")
+    with head_inputs(model) as seen:
+        logits, answer_logits = replay(model, chains, continuous=mode.kind != "hard")
     answer = token_log_probability(chains.answer, answer_logits)
     if mode.kind == "hard":
         thought = token_log_probability(chains.tokens, logits, mode.tau)
     elif mode.noise == "gumbel":
         x = (chains.actions - logits) / mode.factor
         thought = -(x + (-x).exp()).sum(-1)
+    elif mode.noise == "hidden":
+        state = full_precision(seen[0][:, : logits.shape[1]])
+        thought = gaussian_log_density(chains.actions, state, mode.factor, normalised=False)
     elif mode.noise == "logits":
         thought = gaussian_log_density(chains.actions, logits, mode.factor, normalised=False)
     else:
@@ -159,10 +185,18 @@ def surrogate(
     return {"loss": both.sum(), "thought": both[0], "answer": both[1]}
 
 
+def gradient_norm(value: Tensor, model: Any) -> float:
+    """Norm of the gradient of `value` over all trained weights; the graph stays for further gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True) if value.requires_grad else []
+    return sum(float(g.float().square().sum()) for g in grads if g is not None) ** 0.5
+
+
 def objective(model: Any, task: Task, config: Config, arm: Arm, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """One step of the method: roll out G samples a prompt, reward their answers, and return the surrogate loss.
 
-    Also logged: mean reward, share of right answers, of chains that stopped by themselves, and their length.
+    Also logged: mean reward, share of right answers, of chains that stopped by themselves, and their length; where the
+    batch says so the gradient norms of the terms of the loss, "thought_norm" and "answer_norm".
     """
     bare = getattr(model, "module", model)
     mode, questions = config.mode(arm), batch["questions"]
@@ -178,13 +212,27 @@ def objective(model: Any, task: Task, config: Config, arm: Arm, batch: Mapping[s
     losses = surrogate(bare, chains, a, mode, sigma, rows=config.rows)
     thoughts = chains.thought_mask.sum(1).float().mean()
     told = {"reward": reward.mean(), "right": (marks == 2).float().mean(), "stopped": chains.stopped.float().mean()}
+    if batch["norms"]:  # two more backward passes
+        told |= {f"{k}_norm": torch.tensor(gradient_norm(losses[k], bare)) for k in ("thought", "answer")}
     return {**losses, **told, "thoughts": thoughts}
 
 
-def draw_batch(task: Task, config: Config, generator: torch.Generator) -> dict[str, Any]:
-    """Prompts of a step and the seed of its rollout, all from the step's own generator: resuming repeats them."""
-    questions = task.draw(generator, config.prompts, "train")
-    return {"questions": questions, "seed": torch.randint(2**62, (1,), generator=generator)}
+@dataclass(frozen=True)
+class Batches:
+    """Micro-batch i of a training: its prompts, the seed of its rollout, and whether its gradient norms are logged."""
+
+    task: Task
+    config: Config
+    seed: int
+    log_every: int
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        step, micro = i // self.config.accumulate + 1, i % self.config.accumulate
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step, micro))
+        questions = self.task.draw(generator, self.config.prompts, "train")
+        logged = step % self.log_every == 0 or step == self.config.steps
+        seed = torch.randint(2**62, (1,), generator=generator)
+        return {"questions": questions, "seed": seed, "norms": self.config.norms and logged}
 
 
 def train(
@@ -214,7 +262,7 @@ def train(
 
     fitted = fit(
         model, lambda m, batch: objective(m, task, config, arm, batch),
-        lambda generator: draw_batch(task, config, generator), recipe, name=arm, record=record, on_step=told, **loop,
+        Batches(task, config, seed, recipe.log_every), recipe, name=arm, record=record, on_step=told, **loop,
     )  # fmt: skip
     return model.eval(), fitted
 
@@ -230,15 +278,12 @@ def gradient_parts(
     chains = generate(model, task, questions, mode, seed=seed, samples=config.samples, answer_tau=1.0, sigma=sigma)
     rewards = (task.marks(chains, questions) == 2).float().view(-1, config.samples)
     a = advantages(rewards).flatten()
-    trained = [p for p in model.parameters() if p.requires_grad]
     out = {}
     for name, detach in (("softmax", ("table",)), ("table", ("softmax",)), ("answer", ("softmax", "table"))):
         thought, answer = log_pi(model, chains, mode, sigma, detach=detach)
-        value = (a * (answer if name == "answer" else thought)).mean()
         if mode.kind == "hard" and name == "table":
             continue  # one path only
-        grads = torch.autograd.grad(value, trained, allow_unused=True) if value.requires_grad else []
-        out[name] = sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5
+        out[name] = gradient_norm((a * (answer if name == "answer" else thought)).mean(), model)
     return out
 
 

@@ -258,6 +258,9 @@ def claim_values(arms: Mapping[Any, Mapping[str, Any]], k: int) -> dict[str, flo
         end = selected(soft["trail"])
         out["matched_nll_gain"] = matched(hard["trail"], end["hard"], "nll") - end["nll"]
         out["matched_pass_gain"] = end["other_pass"] - matched(hard["trail"], end["hard"], "other_pass")
+    for name, other in (("noise_limit", "soft, noise x9"), ("noise_place", "soft, hidden noise")):
+        if soft and other in arms:
+            out[name] = score(soft, "test", "hard greedy") - score(arms[other], "test", "hard greedy")
     if base and "fuzzy" in arms:
         out["fuzzy_learns"] = score(arms["fuzzy"], "test", "hard greedy") - score(base, "test", "hard greedy")
     return out

@@ -24,11 +24,12 @@ from workbench.papers.talking_models_settings import (
     NOTEBOOK,
     PRESETS,
     TITLE,
+    TUNED,
     Config,
     Setup,
 )  # fmt: skip
 
-__all__ = ["ABOUT", "ARXIV", "AUTHORS", "CLAIMS", "NOTEBOOK", "PRESETS", "TITLE", "Config", "Setup"]
+__all__ = ["ABOUT", "ARXIV", "AUTHORS", "CLAIMS", "NOTEBOOK", "PRESETS", "TITLE", "TUNED", "Config", "Setup"]
 
 
 class Voice(nn.Module):

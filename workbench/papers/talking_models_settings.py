@@ -35,27 +35,30 @@ class Setup:
     two_way: bool = True  # False: the teacher replies from its own reading of x; nobody asks
     frozen: bool = True
     random: bool = False
+    lr: float = 3e-3  # peak learning rate
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """Loss weights of a task, from a small grid an arm on one tuning seed, near the desk preset's steps and gap."""
-
-    logits: float
-    probe: float
-    features: float
-    one_way: tuple[float, float, float]
-    two_way: tuple[float, float, float]
-
-
-# Validation errors of tuning seed 100 at 160 steps. Ratings (stars RMSE, gap .5; alone 1.010): logit KD .928 .920 at
-# weights 1 3, feature KD .956 .959; two-way .952 .942 at w2 = .1 1 with w1 = w3 = .1 (.941 at 1 1 1 and L_MC on both
-# depths), one-way .946 .940. Vision (error rate, gap .35; alone .41): logit KD .612 .408 at 1 .3, probe KD .392 .380,
-# feature KD .404 at .3; two-way .392 .428 at w2 = .1 1, one-way .424 at 1. Ratings' probe was not tuned by itself.
-TUNED: dict[str, Tuned] = {
-    "ratings": Tuned(logits=3.0, probe=3.0, features=1.0, one_way=(0.1, 1.0, 0.1), two_way=(0.1, 1.0, 0.1)),
-    "vision": Tuned(logits=0.3, probe=0.3, features=0.3, one_way=(0.1, 0.1, 0.1), two_way=(0.1, 0.1, 0.1)),
-}
+# (Loss weights, peak learning rate) of an arm. One grid for every arm and task at the desk preset's steps and gap:
+# weights .1 .3 1 3 at rate .003 (messages: w1 = w2 = w3), then rates .001 and .006 at the best of them, chosen by the
+# mean VALIDATION error of tuning seeds 100 and 101; here weight by weight, then rate by rate.
+# Ratings (stars RMSE): alone at rates .003 .001 .006 1.011 .996 1.011; logit KD 1.001 .985 .965 .953, .961 .953; probe
+# KD 1.002 .988 .969 .957, .966 .956; feature KD 1.005 .990 .973 .960, 1.019 .973; one-way .965 .979 .984 .985, .974
+# .980; two-way .977 .964 .966 .975, .995 .968.
+# Vision (error rate): alone .356 .404 .340; logit KD .334 .334 .354 .398, .412 .304; probe KD .344 .334 .314 .338, .398
+# .314; feature KD .358 .326 .330 .350, .394 .302; one-way .322 .310 .300 .378, .450 .294; two-way .346 .332 .316 .430,
+# .440 .278.
+# Tried for two-way alone and not taken, ratings then vision: w2 / 10 1.001 .302; 3 w1 .959 .358; L_MC on both depths
+# .957 .282; k 64 with voices of 128 .979 .288; l_T 0 .969 .330, l_T 2 .955 .274, which one-way (.966 .320) dislikes.
+TUNED: dict[str, dict[str, tuple[tuple[float, ...], float]]] = {
+    "ratings": {
+        "alone": ((), 1e-3), "logit KD": ((3.0,), 6e-3), "probe KD": ((3.0,), 6e-3), "feature KD": ((3.0,), 3e-3),
+        "one-way": ((0.1, 0.1, 0.1), 3e-3), "two-way": ((0.3, 0.3, 0.3), 3e-3),
+    },
+    "vision": {
+        "alone": ((), 6e-3), "logit KD": ((0.3,), 6e-3), "probe KD": ((1.0,), 3e-3), "feature KD": ((0.3,), 6e-3),
+        "one-way": ((1.0, 1.0, 1.0), 6e-3), "two-way": ((1.0, 1.0, 1.0), 6e-3),
+    },
+}  # fmt: skip
 
 
 @config
@@ -102,7 +105,7 @@ class Config:
     )
     steps: Annotated[int, Param("optimiser steps of a student", unit="steps", ge=1)] = 120
     batch: Annotated[int, Param("examples a step", unit="examples", ge=2)] = 48
-    lr: Annotated[float, Param("peak learning rate (AdamW, cosine)", gt=0)] = 3e-3
+    lr: Annotated[float | None, Param("peak learning rate (AdamW, cosine; none: as tuned)", gt=0)] = None
     decay: Annotated[float, Param("weight decay", ge=0)] = 0.1
     precision: Annotated[Literal["no", "bf16", "fp16"], Param("mixed precision")] = "no"
     save_every: Annotated[int | None, Param("steps between checkpoints", unit="steps", ge=1)] = None
@@ -119,22 +122,24 @@ class Config:
 
     def setup(self, task: str, arm: str) -> Setup:
         """What an arm does on a task: the tuned weights, unless this config names others."""
-        tuned = TUNED[task]
 
         def given(own: float | None, usual: float) -> float:
             return usual if own is None else own
 
-        def talk(weights: tuple[float, float, float], two_way: bool = True) -> Setup:
-            w1, w2, w3 = (given(o, u) for o, u in zip((self.w1, self.w2, self.w3), weights, strict=True))
-            return Setup("messages", w1=w1, w2=w2, w3=w3, rounds=self.rounds if two_way else 1, two_way=two_way)
+        def tuned(method: Literal["alone", "logits", "probe", "features", "messages"], name: str) -> Setup:
+            weights, lr = TUNED[task][name]
+            if method == "messages":
+                w1, w2, w3 = (given(o, u) for o, u in zip((self.w1, self.w2, self.w3), weights, strict=True))
+                return Setup(method, w1=w1, w2=w2, w3=w3, rounds=self.rounds, lr=given(self.lr, lr))
+            return Setup(method, kd=sum(given(self.kd, w) for w in weights), lr=given(self.lr, lr))
 
-        full = talk(tuned.two_way)
+        full = tuned("messages", "two-way")
         return {
-            "alone": Setup("alone"),
-            "logit KD": Setup("logits", kd=given(self.kd, tuned.logits)),
-            "probe KD": Setup("probe", kd=given(self.kd, tuned.probe)),
-            "feature KD": Setup("features", kd=given(self.kd, tuned.features)),
-            "one-way": talk(tuned.one_way, two_way=False),
+            "alone": tuned("alone", "alone"),
+            "logit KD": tuned("logits", "logit KD"),
+            "probe KD": tuned("probe", "probe KD"),
+            "feature KD": tuned("features", "feature KD"),
+            "one-way": replace(tuned("messages", "one-way"), two_way=False, rounds=1),
             "two-way": full,
             "no MC": replace(full, w2=0.0),
             "no SC": replace(full, w3=0.0),
@@ -146,21 +151,21 @@ class Config:
 
 
 _ALL: tuple[Arm, ...] = (
-    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "2 rounds", "random teacher",
-    "adapting teacher",
+    "alone", "logit KD", "probe KD", "feature KD", "one-way", "two-way", "no MC", "no SC", "3 rounds",
+    "random teacher", "adapting teacher",
 )  # fmt: skip
 _FULL_VISION: dict[str, Any] = {
     "tasks": ("vision",), "teacher": "google/vit-base-patch16-224-in21k", "data": "uoft-cs/cifar10",
     "image_column": "img", "image_size": 224, "patch": 16, "teacher_low": 4, "teacher_high": 10, "student_width": 192,
     "student_layers": 4, "student_low": 1, "student_high": 3, "message": 128, "voice": 512, "steps": 35_000,
     "batch": 128, "lr": 1e-3, "decay": 0.05, "precision": "bf16", "save_every": 1000, "seeds": 5,
-    "arms": ("alone", "probe KD", "feature KD", "one-way", "two-way", "no MC", "no SC", "2 rounds", "random teacher"),
+    "arms": ("alone", "probe KD", "feature KD", "one-way", "two-way", "no MC", "no SC", "3 rounds", "random teacher"),
 }  # fmt: skip
 PRESETS = {
     "quick": Config(
         arms=("alone", "logit KD", "one-way", "two-way", "no MC"), steps=60, teacher_steps=150, gaps=(1.0,)
     ),
-    "desk": Config(arms=_ALL, seeds=4, gaps=(0.0, 1.0)),
+    "desk": Config(arms=_ALL, seeds=6, steps=300, teacher_steps=800, gaps=(0.0, 0.7, 1.0)),
     "full": Config(**_FULL_VISION),
     # MovieLens may not be passed on: give -p data=FOLDER, the unpacked ml-100k
     "full-ratings": Config(
@@ -171,37 +176,50 @@ PRESETS = {
 }  # fmt: skip
 
 
-def _claim(
-    id: str, sentence: str, task: str, direction: Literal[">=", "<="], margin: float, *, figure: str = "n/a",
-    source: str = "", unit: str = "",
-) -> Claim:  # fmt: skip
-    table = {"ratings": "Table 3, RMSE", "vision": "Table 4, accuracy"}[task]
-    name = f"{id}_{task}"
-    return Claim(
-        name, f"{sentence} ({task})", figure, f"{source or table} (values not readable)", name,
-        unit or {"ratings": "stars RMSE", "vision": "error rate"}[task], direction, margin,
-    )  # fmt: skip
-
-
-_TASKS = ("ratings", "vision")
 _FIRST = "the full method comes first"
-# Margins were set before any judging seed. Tuning seed 101 at the desk preset's settings gave, ratings then vision:
-# kd_gain .067, -.027; talk_gain .035, .056; over_kd -.032, .083; knowledge .000, .056 (100: .018,
-# -.013). No seed of ours decided question, over_hint and gap, so that their margin is 0, the sign of the paper's
-# statement; consistency's 1.5 comes from the tiny study in the tests (seeds 100 to 102).
+_LEAST = 0.01  # stars or share of pictures: the least one would call an improvement
+
+
+def _claims(
+    id: str, sentence: str, margins: tuple[float, float], *, figure: str = _FIRST, source: str = "", unit: str = ""
+) -> tuple[Claim, ...]:
+    """The sentence's claim on both tasks, ratings first; each asks for its margin or more."""
+    found = []
+    for task, margin, table, usual in (
+        ("ratings", margins[0], "Table 3, RMSE", "stars RMSE"),
+        ("vision", margins[1], "Table 4, accuracy", "error rate"),
+    ):  # fmt: skip
+        name = f"{id}_{task}"
+        found.append(
+            Claim(name, f"{sentence} ({task})", figure, f"{source or table} (values not readable)", name, unit or usual,
+                  ">=", margin)
+        )  # fmt: skip
+    return tuple(found)
+
+
+# Margins were set before any judging seed (20 and up) was trained: _LEAST, or at most two thirds of what tuning seeds
+# 100 and 101 gave where that is more. Their gains on the validation part, ratings then vision: kd_gain .044 .036,
+# talk_gain .033 .062, over_kd -.011 .026, over_hint -.004 .024, question .001 .016, knowledge .034 .008, wording .052
+# .054, decoding .010 .068, rounds -.001 -.014. Where that is below the margin the paper's direction stays, and so does
+# the margin. gap was not tried on them; 1.5 times in consistency and copies is what tiny studies in the tests reach.
 CLAIMS: tuple[Claim, ...] = (
-    *(_claim("kd_gain", "Logit distillation beats the student alone: error saved", t, ">=", m, figure="KD helps")
-      for t, m in zip(_TASKS, (0.02, 0.0), strict=True)),
-    *(_claim("talk_gain", "Two-way communication beats the student alone: error saved", t, ">=", m, figure=_FIRST)
-      for t, m in zip(_TASKS, (0.01, 0.02), strict=True)),
-    *(_claim("over_kd", "It beats logit distillation: error saved", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
-    *(_claim("over_hint", "It beats feature distillation: error saved", t, ">=", 0.0, figure=_FIRST) for t in _TASKS),
-    *(_claim("question", "The question matters: error saved over one-way messages", t, ">=", 0.0, figure=_FIRST)
-      for t in _TASKS),
-    *(_claim("knowledge", "What helps is the teacher's knowledge: error saved over a random teacher", t, ">=", 0.0,
-             figure="not tested", source="reviewers' question") for t in _TASKS),
-    *(_claim("consistency", "L_MC makes both word one input alike: message distance, without over with", t, ">=", 1.5,
-             figure="small effect on the task", source="ablation", unit="x") for t in _TASKS),
-    *(_claim("gap", "The gain over logit distillation grows with the gap: far end minus near end", t, ">=", 0.0,
-             figure="the motivation", source="abstract") for t in _TASKS),
+    *_claims("kd_gain", "Logit distillation beats the student alone: error saved", (0.02, 0.02), figure="KD helps"),
+    *_claims("talk_gain", "Two-way communication beats the student alone: error saved", (0.02, 0.03)),
+    *_claims("over_kd", "It beats logit distillation: error saved", (_LEAST, _LEAST)),
+    *_claims("over_hint", "It beats feature distillation: error saved", (_LEAST, _LEAST)),
+    *_claims("question", "The question matters: error saved over one-way messages", (_LEAST, _LEAST)),
+    *_claims("knowledge", "What helps is the teacher's knowledge: error saved over a random teacher", (0.02, _LEAST),
+             figure="not tested", source="reviewers' question"),
+    *_claims("wording", "Message consistency L_MC helps the student: error saved over no L_MC", (0.02, 0.02),
+             figure="small effect on the task", source="ablation"),
+    *_claims("decoding", "State consistency L_SC helps the student: error saved over no L_SC", (_LEAST, 0.03),
+             figure="small effect on the task", source="ablation"),
+    *_claims("rounds", "Further rounds help: error saved by three rounds over one", (_LEAST, _LEAST),
+             figure="not readable", source="ablation"),
+    *_claims("consistency", "L_MC makes both word one input alike: message distance, without over with", (1.5, 1.5),
+             figure="the loss's purpose", source="ablation", unit="x"),
+    *_claims("copies", "L_SC makes messages that give the state back: its error, without over with", (1.5, 1.5),
+             figure="the loss's purpose", source="ablation", unit="x"),
+    *_claims("gap", "The gain over logit distillation grows with the gap: far end minus near end", (_LEAST, _LEAST),
+             figure="the motivation", source="abstract"),
 )  # fmt: skip

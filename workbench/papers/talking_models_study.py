@@ -72,10 +72,10 @@ def build_pupil(job: Job, task: Task, teacher: Stages) -> Pupil:
 
 
 def train_student(job: Job, task: Task, teacher: Stages, **loop: Any) -> Pupil:
-    """Train one arm (or load it, where its record holds it finished): same steps, batches and rates for all arms."""
+    """Train one arm (or load it, where its record holds it finished): same steps and batches for all arms of a seed."""
     config, pupil = job.config, build_pupil(job, task, teacher)
     recipe = Recipe(
-        steps=config.steps, lr=config.lr, weight_decay=config.decay, warmup=0.1, schedule="cosine", clip=1.0,
+        steps=config.steps, lr=pupil.setup.lr, weight_decay=config.decay, warmup=0.1, schedule="cosine", clip=1.0,
         precision=config.precision, save_every=config.save_every, seed=job.seed,
     )  # fmt: skip
     optimizer = None
@@ -85,7 +85,7 @@ def train_student(job: Job, task: Task, teacher: Stages, **loop: Any) -> Pupil:
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": kept, "lr": rate}
             for group in optimizer.param_groups
-            for inside, rate in ((False, config.lr), (True, config.lr * config.teacher_rate))
+            for inside, rate in ((False, recipe.lr), (True, recipe.lr * config.teacher_rate))
             if (kept := [p for p in group["params"] if (id(p) in theirs) == inside])
         ]
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps)
@@ -100,8 +100,9 @@ def train_student(job: Job, task: Task, teacher: Stages, **loop: Any) -> Pupil:
 def message_measures(pupil: Pupil, task: Task, limit: int = 512) -> dict[str, float]:
     """Of the messages about `limit` test examples, class token and all: how close, how rich, what can be read off.
 
-    mc: d(Enc_S(a_S), Enc_T(a_T)). rank: effective rank of the questions. probe: share of targets (classes; stars above
-    their median) that a linear probe reads off the questions of half the examples, asked on the other half.
+    mc: d(Enc_S(a_S), Enc_T(a_T)). sc: L_SC. rank: effective rank of the questions.
+    probe: share of targets (classes; stars above their median) that a linear probe reads off the questions of half
+    the examples, asked on the other half.
     reply: d(b_S, b'_S). moved: how far the last round moved what the student hears, d(b'_1, b'_N).
     """
     from sklearn.linear_model import LogisticRegression
@@ -116,6 +117,7 @@ def message_measures(pupil: Pupil, task: Task, limit: int = 512) -> dict[str, fl
     reader = LogisticRegression(C=0.1, max_iter=300).fit(x[:half], y[:half])
     return {
         "mc": float(pupil.message_consistency(said)),
+        "sc": float(pupil.state_consistency(said)),
         "rank": effective_rank(flat),
         "spread": float(theirs.var(0).mean().sqrt()),
         "probe": float(reader.score(x[half:], y[half:])),
@@ -219,15 +221,19 @@ def claim_values(known: Known, config: Config, seed: int) -> dict[str, float]:
         pairs = {
             "kd_gain": ("logit KD", "alone"), "talk_gain": ("two-way", "alone"), "over_kd": ("two-way", "logit KD"),
             "over_hint": ("two-way", "feature KD"), "question": ("two-way", "one-way"),
-            "knowledge": ("two-way", "random teacher"), "second_round": ("2 rounds", "two-way"),
+            "knowledge": ("two-way", "random teacher"), "wording": ("two-way", "no MC"),
+            "decoding": ("two-way", "no SC"), "second_round": ("2 rounds", "two-way"),
+            "rounds": ("3 rounds", "two-way"),
         }  # fmt: skip
         for name, (better, worse) in pairs.items():
             found = gain(known, task, config.gap, seed, better, worse)
             if found is not None:
                 out[f"{name}_{task}"] = found
-        own, without = (known.get((task, config.gap, arm, seed)) for arm in ("two-way", "no MC"))
-        if own and without:
-            out[f"consistency_{task}"] = without["mc"] / own["mc"]
+        own = known.get((task, config.gap, "two-way", seed))
+        for name, arm, term in (("consistency", "no MC", "mc"), ("copies", "no SC", "sc")):
+            without = known.get((task, config.gap, arm, seed))
+            if own and without:
+                out[f"{name}_{task}"] = without[term] / own[term]
         if adapted := known.get((task, config.gap, "adapting teacher", seed)):
             if "teacher after" in adapted:
                 out[f"forgetting_{task}"] = adapted["teacher after"] - adapted["teacher before"]

@@ -92,7 +92,7 @@ def load_task(config: Config, name: str, seed: int, gap: float | None = None) ->
 
 def _ratings(config: Config, seed: int, gap: float) -> Task:
     if config.data == "built-in":
-        split = ratings.world(gap=gap, seed=seed)
+        split = ratings.world(gap=gap, seed=seed, pretrain=30_000, train=2000, held_out=1600)
     else:
         words = None
         if config.teacher != "small":
@@ -110,7 +110,7 @@ def _ratings(config: Config, seed: int, gap: float) -> Task:
 
 def _vision(config: Config, seed: int, gap: float) -> Task:
     if config.data == "built-in":
-        split = shifted_digits.load(gap=gap, seed=seed)
+        split = shifted_digits.load(gap=gap, seed=seed, pretrain=700, train=60, views=6, turn=30, noisy=True, looks=4)
 
         def table(part: shifted_digits.Images) -> Table:
             return Table("pixel_values", part.pixels, part.labels)
@@ -254,7 +254,7 @@ def train_teacher(config: Config, task: Task, seed: int, path: Path) -> None:
     model = small_model(task, config.teacher_width, config.teacher_layers, config.patch, seed)
     stages = Stages(model, config.teacher_low, config.teacher_high)
     recipe = Recipe(
-        steps=config.teacher_steps, lr=1.5e-3, weight_decay=0.05, warmup=0.1, schedule="cosine", clip=1.0, seed=seed,
+        steps=config.teacher_steps, lr=3e-3, weight_decay=0.05, warmup=0.1, schedule="cosine", clip=1.0, seed=seed,
         precision=config.precision, save_every=config.save_every,
     )  # fmt: skip
 
