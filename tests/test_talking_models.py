@@ -155,6 +155,17 @@ def test_stopped_gradients_stop(tmp_path, stop, student, path):
     assert [int(g is not None and g.norm() > 0) for g in grads] == [student, path]
 
 
+@torch.no_grad()
+def test_an_echo_and_a_lecture_are_told_apart(tmp_path):
+    for arm in ("two-way", "one-way"):
+        pupil, data, _ = pupil_of(tmp_path, arm=arm)
+        measures = study.message_measures(pupil.eval(), data, 64)
+        said = pupil.talk(data.test.take(torch.arange(64))[0])
+        assert measures["echo"] == pytest.approx(correlation_distance(said.b_S, said.heard[0]).item(), rel=1e-4)
+        # the teacher's own reading is what a lecture says; an answer to an untrained question has little of it
+        assert measures["lecture"] < 1e-6 if arm == "one-way" else measures["lecture"] > 0.5
+
+
 def test_a_term_of_weight_zero_is_measured_and_not_trained_on(tmp_path):
     pupil, _, batch = pupil_of(tmp_path, arm="no MC", w1=0.0)
     out = pupil(batch)

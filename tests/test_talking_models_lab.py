@@ -40,7 +40,7 @@ def test_bars_are_the_errors_saved(finished):
 def test_the_diagnosis_is_the_mean_over_seeds(finished):
     _, config, known = finished
     line = next(x for x in panels.diagnosis(known, config, "vision").splitlines() if x.startswith("  two-way"))
-    replies = [known["vision", config.gap, "two-way", s]["reply"] for s in (0, 1)]
+    replies = [known["vision", config.gap, "two-way", s]["echo"] for s in (0, 1)]
     assert f"{sum(replies) / 2:.2f}" == line.split()[1]
 
 

@@ -16,7 +16,7 @@ from workbench.data import shifted_digits
 from workbench.errors import WorkbenchError
 from workbench.evaluation.intervals import mean_interval
 from workbench.lab import figures
-from workbench.losses.knowledge import state_distance
+from workbench.losses.knowledge import correlation_distance
 from workbench.papers.talking_models import Config, Pupil
 from workbench.papers.talking_models_study import (
     Job,
@@ -55,7 +55,8 @@ def long_tail(task: Task) -> go.Figure:
         counts = torch.bincount(ids[:, column]).sort(descending=True).values
         counts = counts[counts > 0]
         curves[name] = (list(range(1, len(counts) + 1)), counts.tolist())
-    title = f"{len(ids):,} ratings of the teacher: few items and users make most of them"
+    most = sum(curves["items"][1][: len(curves["items"][1]) // 5]) / len(ids)
+    title = f"{len(ids):,} ratings of the teacher, {most:.0%} of them of a fifth of the items"
     return figures.lines(
         curves, title=title, x="rank", y="ratings", log_x=True, log_y=True, markers=False
     )  # fmt: skip
@@ -90,16 +91,14 @@ def gains(known: Known, config: Config, task: str, gap: float, against: str = "a
 
 def diagnosis(known: Known, config: Config, task: str) -> str:
     """A line an arm that talks, the mean over seeds: what its messages are like on test inputs (message_measures)."""
-    names = ("d(b_S, b'_S)", "d(messages)", "L_SC", "rank", "probe", "train", "test")
-    lines = [f"{task:18} " + " ".join(f"{n:>{w}}" for n, w in zip(names, (12, 12, 6, 6, 6, 6, 6), strict=True))]
+    columns = {"echo": "echo", "lecture": "lecture", "mc": "d(messages)", "sc": "L_SC", "rank": "rank",
+               "probe": "probe", "train": "train", "error": "test"}  # fmt: skip
+    lines = [f"{task:18} " + " ".join(f"{title:>11}" for title in columns.values())]
     for arm in config.arms:
-        rows = [known[key] for key in known if key[:3] == (task, config.gap, arm) and "reply" in known[key]]
+        rows = [known[key] for key in known if key[:3] == (task, config.gap, arm) and "echo" in known[key]]
         if rows:
-            mean = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
-            lines.append(
-                f"  {arm:16} {mean['reply']:12.2f} {mean['mc']:12.2f} {mean['sc']:6.2f} {mean['rank']:6.1f} "
-                f"{mean['probe']:6.2f} {mean['train']:6.2f} {mean['error']:6.2f}"
-            )
+            means = (sum(r[key] for r in rows) / len(rows) for key in columns)
+            lines.append(f"  {arm:16} " + " ".join(f"{mean:11.2f}" for mean in means))
     return "\n".join(lines)
 
 
@@ -171,12 +170,13 @@ def elsewhere(
                        row=1, col=1)  # fmt: skip
         if arm == "two-way":
             found = message_measures(pupil, shown)
-            values = {"targets a probe reads": found["probe"], "directions used / k": found["rank"] / c.message,
-                      "reply follows state": 1 - found["reply"] / 2}  # fmt: skip
+            values = {"read by a probe": found["probe"], "directions / k": found["rank"] / c.message,
+                      "echo: 1 - d / 2": 1 - found["echo"] / 2}  # fmt: skip
             figure.add_bar(x=list(values), y=list(values.values()), marker_color=colour, name=f"two-way, {name}",
                            row=1, col=2)  # fmt: skip
     figure.update_yaxes(title_text=data.unit, row=1, col=1)
-    figure.update_yaxes(title_text="share (reply: 1 - d / 2, 0 is unrelated)", row=1, col=2)
+    figure.update_yaxes(title_text="share", row=1, col=2)
+    figure.update_traces(texttemplate="%{y:.3g}", textposition="inside")
     title = f"{task}: teacher {teacher[0]} to {teacher[1]}, student {student[0]} to {student[1]}, k = {message}"
     return figure.update_layout(template=figures.TEMPLATE, title=title, height=440, legend={"orientation": "h"})
 
@@ -189,10 +189,14 @@ def _example(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
     return task.test.take((torch.arange(64) + index) % len(task.test))
 
 
+def _standard(state: Tensor) -> Tensor:
+    # as L_interact sees states: what differs from example to example; a reply's own mean and spread are not asked for
+    return (state - state.mean(0)) * torch.rsqrt(state.var(0, unbiased=False) + 1e-5)
+
+
 def _in_scale_of(heard: Tensor, state: Tensor) -> Tensor:
-    """`heard` with the mean and spread that `state` has over the batch: L_interact compares standardised states."""
-    standard = (heard - heard.mean(0)) * torch.rsqrt(heard.var(0, unbiased=False) + 1e-5)
-    return standard * state.std(0, unbiased=False) + state.mean(0)
+    """`heard` with the mean and spread that `state` has over the batch, for a head that knows those alone."""
+    return _standard(heard) * state.std(0, unbiased=False) + state.mean(0)
 
 
 def _said(prediction: Tensor, task: Task) -> str:
@@ -223,8 +227,8 @@ def exchange(pupil: Pupil, task: Task, *, index: int, rounds: int, token: int) -
         if said.questions:
             rows.append(said.questions[n - 1][0])
             labels.append(f"round {n}: the student asks")
+        moved = float((_standard(state) - _standard(heard))[0].square().mean())
         heard = _in_scale_of(heard, said.b_S)
-        moved = float(state_distance(state[:1], heard[:1]))
         rows.append(reply[0])
         labels.append(f"round {n}: the teacher replies<br>heard as {_said(pupil.student.head(heard)[0], task)}, "
                       f"moved {moved:.2f}")  # fmt: skip
@@ -249,11 +253,11 @@ def rounds_curve(pupils: Mapping[str, tuple[Pupil, Task]], most: int = 4) -> go.
             said = pupil.talk(inputs)
         finally:
             pupil.setup = before
-        states = [said.b_S, *(_in_scale_of(h, said.b_S) for h in said.heard)]
-        moved = [float(state_distance(a, b)) for a, b in zip(states, states[1:], strict=False)]
+        states = [said.b_S, *said.heard]
+        moved = [float(correlation_distance(a, b)) for a, b in zip(states, states[1:], strict=False)]
         curves[name] = (list(range(1, most + 1)), moved)
     return figures.lines(
-        curves, title="how far each round moves the student's state", x="round", y="d(before, after), layer-normalised",
+        curves, title="how far each round moves the student's state", x="round", y="d(before, after) over the examples",
         levels={"unrelated states": 2.0},
     )  # fmt: skip
 

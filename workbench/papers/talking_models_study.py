@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from workbench.errors import WorkbenchError
-from workbench.losses.knowledge import state_distance
 from workbench.models.stages import Stages
 from workbench.papers.talking_models import Config, Pupil, effective_rank
 from workbench.papers.talking_models_tasks import (
@@ -103,7 +102,8 @@ def message_measures(pupil: Pupil, task: Task, limit: int = 512) -> dict[str, fl
     mc: d(Enc_S(a_S), Enc_T(a_T)). sc: L_SC. rank: effective rank of the questions.
     probe: share of targets (classes; stars above their median) that a linear probe reads off the questions of half
     the examples, asked on the other half.
-    reply: d(b_S, b'_S). moved: how far the last round moved what the student hears, d(b'_1, b'_N).
+    echo: d(b_S, b'_S), 0 where the student hears its own state again. lecture: d(reply, Enc_T(b_T)), 0 where the
+    teacher replies what it makes of the input unasked. drift: d(b'_1, b'_N), what further rounds changed.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -121,8 +121,9 @@ def message_measures(pupil: Pupil, task: Task, limit: int = 512) -> dict[str, fl
         "rank": effective_rank(flat),
         "spread": float(theirs.var(0).mean().sqrt()),
         "probe": float(reader.score(x[half:], y[half:])),
-        "reply": float(state_distance(said.b_S, said.heard[-1])),
-        "moved": float(state_distance(said.heard[0], said.heard[-1])),
+        "echo": float(pupil.distance(said.b_S, said.heard[-1])),
+        "lecture": float(pupil.distance(said.replies[-1], said.words["b_T"])),
+        "drift": float(pupil.distance(said.heard[0], said.heard[-1])),
     }
 
 
