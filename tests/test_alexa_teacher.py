@@ -223,6 +223,27 @@ def test_fewer_labels_are_the_first_of_each_language(world, monkeypatch):
     assert seen["5"][1] == seen["None"][1]
 
 
+def test_several_fine_tunings_are_averaged_and_differ(world):
+    """Other heads and batches each time, the same for every encoder; the first is the one a reader sees."""
+    net = encoder(world)
+    one, two = (
+        paper.tuned_scores(override(CONFIG, {"tunes": n}), world, net, seed=0, name="x")["covered"] for n in (1, 2)
+    )
+    models = [paper.fine_tune(CONFIG, world, net, seed=s, progress=False) for s in (0, 1000)]
+    alone = [paper.evaluate(m, world)["covered"] for m in models]
+    assert one.scores() == alone[0].scores() != alone[1].scores()
+    assert two.semer == pytest.approx((alone[0].semer + alone[1].semer) / 2)
+
+
+def test_students_take_their_own_rate(world, monkeypatch):
+    rates = {}
+    monkeypatch.setattr(paper, "fit", lambda m, f, b, recipe, *, name, **kw: rates.update({name: recipe.lr}))
+    config = override(CONFIG, {"lr": 1e-3, "stage2_lr": 2e-3, "student_lr": 3e-3})
+    for name in ("stage 1", "stage 2", "stage 2 alone", "intermediate", "MLM alone", "public text"):
+        paper.pretrain(config, world, name, encoder(world), seed=0)
+    assert list(rates.values()) == [1e-3, 2e-3, 1e-3, 3e-3, 3e-3, 3e-3]
+
+
 def test_distillation_resumes_bit_equal(world, tmp_path):
     teacher = encoder(world, "mini-170M", 1)
 

@@ -93,7 +93,8 @@ class Config:
     stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 150
     stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 400
     student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 400
-    lr: Annotated[float, Param("peak learning rate of pre-training", gt=0)] = 4e-3
+    lr: Annotated[float, Param("peak learning rate of stage 1", gt=0)] = 4e-3
+    student_lr: Annotated[float, Param("peak learning rate of every student and of the intermediate", gt=0)] = 4e-3
     stage2_lr: Annotated[float, Param("peak learning rate of stage 2 and its control", gt=0)] = 4e-3
     second_text: Annotated[
         Literal["in-domain", "public"], Param("what stage 2 reads (public: no stage 2 at all, an ablation)")
@@ -109,6 +110,7 @@ class Config:
     tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 300
     tune_batch: Annotated[int, Param("utterances a fine-tuning batch", ge=1)] = 32
     tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 2e-3
+    tunes: Annotated[int, Param("fine-tunings of every encoder, other heads and batches, averaged", ge=1)] = 1
     slot_weight: Annotated[float, Param("weight of the slot loss beside the intent loss", ge=0)] = 2.0
     heads: Annotated[int, Param("width of the heads' hidden layer", ge=1)] = 64
     pooling: Annotated[Literal["max", "first"], Param("how an utterance's states become one")] = "max"
@@ -130,14 +132,16 @@ _DESK: tuple[ArmName, ...] = (
 )  # fmt: skip
 PRESETS = {
     "quick": Config(),
-    "desk": Config(arms=_DESK, seeds=4, stage1_steps=300, stage2_steps=800, student_steps=800, label_counts=(30, 60)),
+    "desk": Config(
+        arms=_DESK, seeds=4, stage1_steps=300, stage2_steps=800, student_steps=800, tunes=3, label_counts=(30, 60),
+    ),
     # the paper's models and in-domain text were never released: a public stage-1 teacher, MASSIVE as the assistant
     "full": Config(
         data="AmazonScience/massive", public="allenai/c4", teacher="facebook/xlm-roberta-xl",
         languages=("en", "de", "es", "fr", "it", "pt"), vocabulary=150_000, public_lines=2_000_000, pool=10_000_000,
         labels=11_514, test=2974, arms=_DESK, seeds=3, teacher_size="2.3B", intermediate_size="170M",
         student_size="17M", context=128, line=128, rate=0.15, batch=64, accumulate=16, stage1_steps=100_000,
-        stage2_steps=20_000, student_steps=50_000, lr=3e-4, stage2_lr=3e-5, dropout=0.1, spread=0.02,
+        stage2_steps=20_000, student_steps=50_000, lr=3e-4, student_lr=3e-4, stage2_lr=3e-5, dropout=0.1, spread=0.02,
         tune_steps=20_000, tune_batch=128, tune_lr=3e-5, slot_weight=4.0, heads=2048, precision="bf16", save_every=1000,
     ),
 }  # fmt: skip
