@@ -17,7 +17,7 @@ NOTEBOOK = "08_cyber_dap.ipynb"
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference" / "cyber_dap"
 
 Arm = Literal[
-    "base", "dap", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay", "shuffled words",
+    "base", "dap", "gentle", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay", "shuffled words",
     "general text", "less curated",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ class Config:
     teacher: Annotated[
         str, Param('the base model: "reference" (small, committed), "train" (small, made here), a Hub id or a folder')
     ] = "reference"
-    bases: Annotated[int, Param("small base models; seed s adapts base s mod this", ge=1)] = 1
+    bases: Annotated[int, Param("small base models; seed s adapts base s mod this (0: each seed its own)", ge=0)] = 1
     base_steps: Annotated[int, Param("optimiser steps of a small base model", unit="steps", ge=1)] = 1500
     base_lr: Annotated[float, Param("its peak learning rate", gt=0)] = 3e-3
     data: Annotated[
@@ -101,9 +101,9 @@ PRESETS = {
         held_out=4_096, workers=1,
     ),
     "desk": Config(
-        arms=("base", "dap", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay",
+        arms=("base", "dap", "gentle", "aggressive", "1 %", "42 %", "frozen embeddings", "lora", "replay",
               "shuffled words", "general text", "less curated"),
-        seeds=3,
+        seeds=5, teacher="train", bases=0, base_steps=3000, tokens=65_536, questions=300, held_out=16_384,
     ),
     "full": Config(**_PAPER, teacher="meta-llama/Llama-3.1-8B", lr=5e-6),
     "full-14b": Config(
