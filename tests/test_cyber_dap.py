@@ -347,10 +347,14 @@ def test_a_base_model_can_be_trained_within_the_run(tmp_path, toy, monkeypatch):
     config = override(TINY, {"teacher": "train", "base_steps": 12})
     folder = paper.base_folder(config, 3, tmp_path)
     model, tokenizer = load_causal_lm(folder)
-    losses = [r["loss"] for r in Record(tmp_path / "bases").records("step")]
+    losses = [r["loss"] for r in Record(tmp_path / "bases" / "base-0").records("step")]
     assert folder.endswith("base-0") and len(tokenizer) == model.config.vocab_size and losses
     exercise = source.exercises(list(GENERAL), 0)[0]
     assert re.fullmatch(r"Question: .*\nA\) .*\nB\) .*\nC\) .*\nD\) .*\nAnswer: [A-D]", exercise)
     assert paper.base_folder(config, 3, tmp_path) == folder, "made once a run"
+    own = [paper.base_folder(override(config, {"bases": 0}), s, tmp_path) for s in (3, 4)]
+    assert [f[-6:] for f in own] == ["base-3", "base-4"], "0: a base a seed"
+    apart = [load_causal_lm(f)[0].model.embed_tokens.weight for f in own]
+    assert not torch.equal(*apart)
     with pytest.raises(WorkbenchError, match="no committed base 1"):
         paper.base_folder(override(TINY, {"bases": 2}), 1, tmp_path)

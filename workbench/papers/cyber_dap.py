@@ -93,14 +93,13 @@ def train_base(config: Config, index: int, record: Record | None = None, **loop:
     return model.eval(), tokenizer
 
 
-def base_folder(config: Config, seed: int, folder: Path) -> str:
+def base_folder(config: Config, seed: int, folder: Path, **loop: Any) -> str:
     """Where the base model of a seed is: committed, trained here into `folder`, or the user's id."""
-    index = seed % config.bases
+    index = seed % config.bases if config.bases else seed
     if config.teacher == "train":
         out = folder / "bases" / f"base-{index}"
         if not (out / "config.json").exists():
-            model, tokenizer = train_base(config, index, Record(folder / "bases"))
-            save_model(model, tokenizer, out)
+            save_model(*train_base(config, index, Record(out), **loop), out)
         return str(out)
     if config.teacher != "reference":
         return config.teacher
@@ -302,6 +301,10 @@ def study(config: Config, folder: Path, record: Record, seed: int = 0) -> dict[t
     What an earlier sitting of the same run measured is not measured again.
     """
     seeds = range(seed, seed + config.seeds)
+    if config.teacher == "train":
+        made = seeds[: config.bases or None]
+        map_jobs(partial(base_folder, config, folder=folder, progress=False), made, workers=config.workers or None,
+                 record=record, text="base models")  # fmt: skip
     known = {(r["variant"], r["seed"]): r["measures"] for r in record.records("note") if "variant" in r}
     todo = []
     for s in seeds:
