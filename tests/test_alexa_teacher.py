@@ -104,7 +104,7 @@ def test_hidden_states_are_matched_layer_by_layer_when_asked(world):
         and paper.layer_map(3, 3) == [0, 1, 2]
     )
     student, teacher, batch = encoder(world), encoder(world, "mini-2.3B", 1), batch_of(world)
-    s, t = MaskedEncoder(student, hidden=True, teacher_width=48), MaskedEncoder(teacher, hidden=True)
+    s, t = MaskedEncoder(student, hidden=True, teacher_width=64), MaskedEncoder(teacher, hidden=True)
     losses = paper.pretraining_losses(s, t, batch, override(CONFIG, {"hidden": 0.5}))
     with torch.no_grad():
         h = student.base_model(batch["ids"], batch["attention"], output_hidden_states=True).hidden_states[1:]
@@ -221,6 +221,27 @@ def test_fewer_labels_are_the_first_of_each_language(world, monkeypatch):
     allowed = {tuple(i for i in row if i != pad) for row in data.ids[:5].tolist()}  # one language has labels here
     assert seen["5"][0] == allowed < seen["12"][0] < seen["None"][0]
     assert seen["5"][1] == seen["None"][1]
+
+
+def test_several_fine_tunings_are_averaged_and_differ(world):
+    """Other heads and batches each time, the same for every encoder; the first is the one a reader sees."""
+    net = encoder(world)
+    one, two = (
+        paper.tuned_scores(override(CONFIG, {"tunes": n}), world, net, seed=0, name="x")["covered"] for n in (1, 2)
+    )
+    models = [paper.fine_tune(CONFIG, world, net, seed=s, progress=False) for s in (0, 1000)]
+    alone = [paper.evaluate(m, world)["covered"] for m in models]
+    assert one.scores() == alone[0].scores() != alone[1].scores()
+    assert two.semer == pytest.approx((alone[0].semer + alone[1].semer) / 2)
+
+
+def test_students_take_their_own_rate(world, monkeypatch):
+    rates = {}
+    monkeypatch.setattr(paper, "fit", lambda m, f, b, recipe, *, name, **kw: rates.update({name: recipe.lr}))
+    config = override(CONFIG, {"lr": 1e-3, "stage2_lr": 2e-3, "student_lr": 3e-3})
+    for name in ("stage 1", "stage 2", "stage 2 alone", "intermediate", "MLM alone", "public text"):
+        paper.pretrain(config, world, name, encoder(world), seed=0)
+    assert list(rates.values()) == [1e-3, 2e-3, 1e-3, 3e-3, 3e-3, 3e-3]
 
 
 def test_distillation_resumes_bit_equal(world, tmp_path):
@@ -342,8 +363,9 @@ def verdicts(config, public, folder, seeds=3):
 def test_counts_are_taken_twice(world):
     net = encoder(world, "mini-170M")
     counts = parameter_counts(net)
-    layer = 4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32  # attention, feed-forward, two norms
-    assert counts["non-embedding"] == layer + 64
-    assert counts["total"] == counts["non-embedding"] + 800 * 32 + net.config.max_position_embeddings * 32 + 32 + (
-        32 * 32 + 32 + 2 * 32 + 800
+    d = 40
+    layer = 4 * (d * d + d) + 2 * d * 4 * d + 4 * d + d + 4 * d  # attention, feed-forward, two norms
+    assert counts["non-embedding"] == layer + 2 * d
+    assert counts["total"] == counts["non-embedding"] + 800 * d + net.config.max_position_embeddings * d + d + (
+        d * d + d + 2 * d + 800
     ) + net.lm_head.bias.numel() * (net.lm_head.bias is not net.lm_head.decoder.bias)  # fmt: skip

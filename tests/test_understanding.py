@@ -5,6 +5,7 @@ import pytest
 
 from workbench.errors import WorkbenchError
 from workbench.evaluation.understanding import (
+    averaged,
     bootstrap_change,
     relative_change,
     repaired,
@@ -101,3 +102,13 @@ def test_the_bootstrap_is_paired():
     assert same == (0.0, 0.0)  # what is hard for both is no noise
     with pytest.raises(WorkbenchError, match="same utterances"):
         bootstrap_change(new, understood(words[:9], (["i"] * 9, ["i"] * 9), (gold[:9], gold[:9])))
+
+
+def test_an_average_of_systems_scores_the_mean_of_their_scores():
+    good, bad = score(GOLD), score(["O"] * 7, "light")
+    both = averaged([good, bad])
+    for name, value in both.scores().items():
+        assert value == pytest.approx((good.scores()[name] + bad.scores()[name]) / 2) == 0.5
+    assert bootstrap_change(both, both) == (0.0, 0.0)
+    with pytest.raises(WorkbenchError, match="the same utterances"):
+        averaged([good, understood([["stop"]], (["stop"], ["stop"]), ([["O"]], [["O"]]))])

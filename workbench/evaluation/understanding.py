@@ -72,7 +72,7 @@ def slot_errors(words: Sequence[str], gold: Sequence[str], predicted: Sequence[s
 
 @dataclass(frozen=True)
 class Understood:
-    """Counts of N utterances, each array (N,): what every score here is computed from."""
+    """Counts of N utterances, each array (N,): what every score here is computed from; f1 is over all of them."""
 
     intent_wrong: np.ndarray
     exact_wrong: np.ndarray
@@ -121,6 +121,18 @@ def understood(
     wrong = np.array([g != p for g, p in zip(gold, predicted, strict=True)])
     errors, slots = np.array([slot_errors(w, g, p) for w, g, p in zip(words, right, ours, strict=True)]).T
     return Understood(wrong, wrong | (errors > 0), errors, slots, slot_f1(right, ours))
+
+
+def averaged(runs: Sequence[Understood]) -> Understood:
+    """The mean counts (and f1) of several systems of one kind on the same utterances; its scores are their mean.
+
+    Raises WorkbenchError for other utterances.
+    """
+    if any(not np.array_equal(run.slots, runs[0].slots) for run in runs):
+        raise WorkbenchError("an average needs every system on the same utterances, in the same order")
+    intent, exact, errors = (np.mean([getattr(run, name) for run in runs], axis=0)
+                             for name in ("intent_wrong", "exact_wrong", "slot_errors"))  # fmt: skip
+    return Understood(intent, exact, errors, runs[0].slots, float(np.mean([run.f1 for run in runs])))
 
 
 def relative_change(new: float, base: float) -> float:

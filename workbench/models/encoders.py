@@ -36,7 +36,7 @@ SHAPES = {
     "9.3B": Shape(46, 4096, 32, 16384), "2.3B": Shape(30, 2560, 32, 10240), "700M": Shape(24, 1536, 24, 6144),
     "170M": Shape(24, 768, 12, 3072), "17M": Shape(4, 768, 12, 1200),
     "XLM-R Base": Shape(12, 768, 12, 3072), "DistilBERT": Shape(6, 768, 12, 3072),
-    "mini-2.3B": Shape(1, 48, 4, 192), "mini-170M": Shape(1, 32, 4, 128), "mini-17M": Shape(1, 16, 2, 64),
+    "mini-2.3B": Shape(2, 64, 4, 256), "mini-170M": Shape(1, 40, 4, 160), "mini-17M": Shape(1, 24, 2, 96),
     "tiny": Shape(1, 16, 2, 32),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from workbench.data.utterances import Encoded, Labels, encode_utterances
 from workbench.errors import WorkbenchError
 from workbench.evaluation.understanding import (
     Understood,
+    averaged,
     bootstrap_change,
     repaired,
     spans,
@@ -118,7 +120,7 @@ def pretrain(
         frozen.train(config.teacher_mode == "train")  # eval: its dropout is off
         frozen.to("cuda" if torch.cuda.is_available() else "cpu")
     width = int(teacher.config.hidden_size) if teacher is not None and config.hidden else None
-    steps, lr = config.student_steps, config.lr
+    steps, lr = config.student_steps, config.student_lr
     if arm.role == "teacher":
         steps = config.stage1_steps if name == "stage 1" else config.stage2_steps
         lr = config.stage2_lr if arm.start else config.lr
@@ -258,6 +260,21 @@ def evaluate(model: IntentSlotModel, world: World) -> dict[str, Understood]:
     return out
 
 
+def tuned_scores(
+    config: Config, world: World, net: Any, *, seed: int, name: str, record: Record | None = None, **kind: Any
+) -> dict[str, Understood]:  # fmt: skip
+    """The scores on every test set, averaged over config.tunes fine-tunings; kind: fine_tune's frozen or labels.
+
+    Heads and batches differ from one fine-tuning to the next, and are the same for every encoder.
+    """
+    runs = []
+    for r in range(config.tunes):
+        label = f"{name}, again {r}" if r else name
+        model = fine_tune(config, world, net, seed=seed + 1000 * r, name=label, record=record, progress=False, **kind)
+        runs.append(evaluate(model, world))
+    return {test: averaged([run[test] for run in runs]) for test in runs[0]}
+
+
 def parse(model: IntentSlotModel, world: World, text: str, language: str) -> dict[str, Any]:
     """What a fine-tuned model makes of a sentence: spoken words, intent probabilities (I,), slot probabilities (W, K).
 
@@ -324,23 +341,18 @@ def measure_seed(job: Job) -> dict[str, Any]:
         save_encoder(net, world.tokenizer, job.model(name))
         measures: dict[str, Any] = {"parameters": parameter_counts(net), "arm": name}
         measures["nll"] = {text: held_out_nll(net, rows, world, config.rate) for text, rows in world.held_out.items()}
+        tune = partial(tuned_scores, config, world, net, seed=seed, record=record)
         for frozen in (False, True) if name in config.frozen else (False,):
             kind = "frozen" if frozen else "tuned"
-            tuned = fine_tune(
-                config, world, net, seed=seed, frozen=frozen, name=f"{name}, {kind}", record=record, progress=False
-            )
-            scores = evaluate(tuned, world)
+            scores = tune(frozen=frozen, name=f"{name}, {kind}")
             measures[kind] = {test: u.scores() for test, u in scores.items()}
             if not frozen:
                 raw[name] = scores["covered"]
         if name in config.label_arms:
             measures["labels"] = {}
             for count in (n for n in config.label_counts if n < config.labels):
-                tuned = fine_tune(
-                    config, world, net, seed=seed, labels=count, name=f"{name}, {count} labels", record=record,
-                    progress=False,
-                )  # fmt: skip
-                measures["labels"][str(count)] = {test: u.scores() for test, u in evaluate(tuned, world).items()}
+                scores = tune(labels=count, name=f"{name}, {count} labels")
+                measures["labels"][str(count)] = {test: u.scores() for test, u in scores.items()}
         arms[name] = measures
     changes = {
         f"{new} / {base}": list(bootstrap_change(raw[new], raw[base], seed=seed))

@@ -15,14 +15,19 @@ COMPARED: tuple[tuple[ArmName, ArmName], ...] = (
 )  # fmt: skip
 
 
-# What tuning seeds gave. Seed 100 (2 x 48 teacher, 150 + 350 steps, 200 of fine-tuning): in-domain loss -3.1 nats, but
-# intent error +21 % and slot error +12 %: stage 2 was too short, the trap of an under-trained encoder. Seed 101
-# (1 x 32, 60 + 800, 400): -3.5 nats, intent +5 %, slots -3 %, SemER -1 %, intent in the left-out language -16 %.
-# As the presets are now, seeds 101 and 102: -3.7 and -3.4 nats; intent +5 and -13 %, slots +4 and -2 %; intermediate
-# against stage 1 -2 and -15 %, final student +10 and -14 %, transfer against scratch +3 and 0 %. Nothing but the loss
-# is of one sign: at 4.2 to 4.4 nats the miniature encoders are far from having learned the commands. Frozen encoders
-# were looked at on seed 0 only (SemER -12 %), which is therefore not among the judged seeds (1, 2, 3).
-# The margin of the relative changes is therefore the weakest there is, lower at all, fixed before any judging seed.
+# What tuning gave, seeds 100 and 101 alone; SemER is the mean of three fine-tunings wherever two figures stand
+# together. One grid of rates for every kind of encoder, 4e-3 and 8e-3 and beyond. Teacher, seed 100, 2e-3, 4e-3,
+# 8e-3: held-out in-domain loss 2.92, 2.72, 3.24 nats, so 4e-3. Students: the loss is lower at 8e-3 (MLM alone 3.47
+# and 3.20, direct 3.35 and 3.08), SemER is not: seeds 100 and 101, at 4e-3 then 8e-3, MLM alone 67, 64 then 65, 66 %;
+# direct 65, 59 then 62, 64; via the intermediate 65, 58 then 64, 66; of the stage 1 teacher 73, 69 then 71, 63;
+# intermediate 59, 48 then 59, 55; on public text 68 then 67 (seed 101). 1.6e-2 is worse for all, so 4e-3 for all.
+# Twice the steps: loss .4 nats lower, SemER the same. Fine-tuning at 1e-3, 2e-3, 4e-3: stage 2 48, 46, - and stage 1
+# continued 74, 69, -; scratch 84, 76, 74; so 2e-3. The presets then gave on seeds 100 and 101: in-domain loss -6.3
+# and -6.1 nats; intent -46 and -28 %, slots -32 and -34 %; intermediate -17 and -30 %, final student -8 and -16 %
+# against the teacher of public text; teacher's text -12 and -15 %, student's text -6 and -14 %; distilled -3 and -10
+# %; intermediate helps +1 and -2 %; same size -17 and -25 %. One fine-tuning: frozen -24 and -27 %, transfer -17 and
+# -17 %, written text 2.9 and 3.0 nats lost, .35 and .3 not kept. Margins: the paper's size for intent, slots and
+# intermediate, a third to a half of the smaller value elsewhere, none (lower at all) where a seed is near nothing.
 CLAIMS: tuple[Claim, ...] = (
     claim(
         "indomain_loss",
@@ -31,7 +36,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Stage 2 pre-training",
         "nats",
         "<=",
-        -0.5,
+        -3.0,
     ),
     claim(
         "stage2_intent",
@@ -40,10 +45,10 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract",
         "%",
         "<=",
-        0.0,
+        -3.86,
     ),
-    claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", 0.0),
-    claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", 0.0),
+    claim("stage2_slots", "and the slot error", "-7.01 %", "abstract", "%", "<=", -7.01),
+    claim("stage2_frozen", "and SemER where the encoder is frozen", "no figure", "ours", "%", "<=", -10.0),
     claim(
         "intermediate_beats_teacher",
         "The intermediate student of the in-domain teacher beats the larger public-text teacher: SemER",
@@ -51,7 +56,7 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract",
         "%",
         "<=",
-        0.0,
+        -3.0,
     ),
     claim(
         "student_beats_teacher",
@@ -69,7 +74,7 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract (another baseline)",
         "%",
         "<=",
-        0.0,
+        -4.0,
     ),
     claim(
         "indomain_text",
@@ -78,7 +83,7 @@ CLAIMS: tuple[Claim, ...] = (
         "distillation data",
         "%",
         "<=",
-        0.0,
+        -4.0,
     ),
     claim(
         "distilled",
@@ -105,7 +110,7 @@ CLAIMS: tuple[Claim, ...] = (
         "abstract (public models 2.5 to 5 times the size)",
         "%",
         "<=",
-        0.0,
+        -5.0,
     ),
     claim(
         "transfer",
@@ -114,7 +119,25 @@ CLAIMS: tuple[Claim, ...] = (
         "cross-lingual transfer",
         "%",
         "<=",
-        0.0,
+        -5.0,
+    ),
+    claim(
+        "written_lost",
+        "Public text in spoken form alone unlearns written text: held-out written loss, all spoken minus 70 % spoken",
+        "no figure",
+        "spoken-form mix (70 %)",
+        "nats",
+        ">=",
+        1.0,
+    ),
+    claim(
+        "written_kept",
+        "The mix keeps written text: held-out written loss, 70 % spoken minus nothing spoken",
+        "no figure",
+        "spoken-form mix (70 %)",
+        "nats",
+        "<=",
+        0.6,
     ),
 )
 

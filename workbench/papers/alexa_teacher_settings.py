@@ -67,17 +67,17 @@ class Config:
     teacher: Annotated[
         str, Param("masked-LM encoder that stands for stage 1, by Hub id or folder; empty: train it")
     ] = ""
-    languages: Annotated[tuple[str, ...], Param("languages of all text", min_length=1)] = ("en", "es", "it")
-    left_out: Annotated[str, Param("language without labels (empty: none); it is read in pre-training")] = "it"
+    languages: Annotated[tuple[str, ...], Param("languages of all text", min_length=1)] = ("en", "es")
+    left_out: Annotated[str, Param("language without labels (empty: none); it is read in pre-training")] = "es"
     intents: Annotated[int, Param("intents of the command grammar, those with most templates (0: all)", ge=0)] = 8
     values: Annotated[int, Param("values of each open slot of the command grammar (0: all)", ge=0)] = 12
     alpha: Annotated[float, Param("exponent of the sampling of languages (1: as they come)", ge=0, le=1)] = 0.5
     spoken: Annotated[float, Param("share of public text in spoken form", ge=0, le=1)] = 0.7
-    vocabulary: Annotated[int, Param("size of the BPE vocabulary trained here", unit="tokens", ge=300)] = 1500
+    vocabulary: Annotated[int, Param("size of the BPE vocabulary trained here", unit="tokens", ge=300)] = 2000
     public_lines: Annotated[int, Param("lines of public text a language (a Hub's or folder's)", ge=10)] = 4000
-    pool: Annotated[int, Param("unlabelled in-domain utterances, all languages", ge=100)] = 6000
-    labels: Annotated[int, Param("labelled utterances a language", ge=4)] = 60
-    test: Annotated[int, Param("test utterances a set and language", ge=4)] = 150
+    pool: Annotated[int, Param("unlabelled in-domain utterances, all languages", ge=100)] = 12_000
+    labels: Annotated[int, Param("labelled utterances a language", ge=4)] = 120
+    test: Annotated[int, Param("test utterances a set and language", ge=4)] = 600
     arms: Annotated[tuple[ArmName, ...], Param("encoders to train; what they need is added", min_length=1)] = (
         "stage 1 continued", "via intermediate", "MLM alone", "scratch",
     )  # fmt: skip
@@ -88,12 +88,13 @@ class Config:
     context: Annotated[int, Param("longest input", unit="tokens", ge=8)] = 40
     line: Annotated[int, Param("public lines are cut to this", unit="tokens", ge=8)] = 14
     rate: Annotated[float, Param("share of tokens to predict", gt=0, lt=1)] = 0.5
-    batch: Annotated[int, Param("sentences a micro-batch", ge=1)] = 48
+    batch: Annotated[int, Param("sentences a micro-batch", ge=1)] = 96
     accumulate: Annotated[int, Param("micro-batches a step", ge=1)] = 1
-    stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 60
-    stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 800
-    student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 800
-    lr: Annotated[float, Param("peak learning rate of pre-training", gt=0)] = 4e-3
+    stage1_steps: Annotated[int, Param("steps on public text", unit="steps", ge=1)] = 150
+    stage2_steps: Annotated[int, Param("steps of stage 2, and of its control", unit="steps", ge=1)] = 400
+    student_steps: Annotated[int, Param("steps of every student and of the intermediate", unit="steps", ge=1)] = 400
+    lr: Annotated[float, Param("peak learning rate of stage 1", gt=0)] = 4e-3
+    student_lr: Annotated[float, Param("peak learning rate of every student and of the intermediate", gt=0)] = 4e-3
     stage2_lr: Annotated[float, Param("peak learning rate of stage 2 and its control", gt=0)] = 4e-3
     second_text: Annotated[
         Literal["in-domain", "public"], Param("what stage 2 reads (public: no stage 2 at all, an ablation)")
@@ -108,7 +109,8 @@ class Config:
     spread: Annotated[float, Param("standard deviation of initial weights", gt=0)] = 0.08
     tune_steps: Annotated[int, Param("fine-tuning steps", unit="steps", ge=1)] = 300
     tune_batch: Annotated[int, Param("utterances a fine-tuning batch", ge=1)] = 32
-    tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 4e-3
+    tune_lr: Annotated[float, Param("peak learning rate of fine-tuning", gt=0)] = 2e-3
+    tunes: Annotated[int, Param("fine-tunings of every encoder, other heads and batches, averaged", ge=1)] = 1
     slot_weight: Annotated[float, Param("weight of the slot loss beside the intent loss", ge=0)] = 2.0
     heads: Annotated[int, Param("width of the heads' hidden layer", ge=1)] = 64
     pooling: Annotated[Literal["max", "first"], Param("how an utterance's states become one")] = "max"
@@ -126,18 +128,20 @@ class Config:
 
 _DESK: tuple[ArmName, ...] = (
     "stage 1 continued", "stage 2", "intermediate", "via intermediate", "direct", "stage 1 teacher", "public text",
-    "MLM alone", "stage 1 student", "scratch",
+    "MLM alone", "stage 1 student", "written student", "spoken student", "scratch",
 )  # fmt: skip
 PRESETS = {
     "quick": Config(),
-    "desk": Config(arms=_DESK, seeds=3),
+    "desk": Config(
+        arms=_DESK, seeds=4, stage1_steps=300, stage2_steps=800, student_steps=800, tunes=3, label_counts=(30, 60),
+    ),
     # the paper's models and in-domain text were never released: a public stage-1 teacher, MASSIVE as the assistant
     "full": Config(
         data="AmazonScience/massive", public="allenai/c4", teacher="facebook/xlm-roberta-xl",
         languages=("en", "de", "es", "fr", "it", "pt"), vocabulary=150_000, public_lines=2_000_000, pool=10_000_000,
         labels=11_514, test=2974, arms=_DESK, seeds=3, teacher_size="2.3B", intermediate_size="170M",
         student_size="17M", context=128, line=128, rate=0.15, batch=64, accumulate=16, stage1_steps=100_000,
-        stage2_steps=20_000, student_steps=50_000, lr=3e-4, stage2_lr=3e-5, dropout=0.1, spread=0.02,
+        stage2_steps=20_000, student_steps=50_000, lr=3e-4, student_lr=3e-4, stage2_lr=3e-5, dropout=0.1, spread=0.02,
         tune_steps=20_000, tune_batch=128, tune_lr=3e-5, slot_weight=4.0, heads=2048, precision="bf16", save_every=1000,
     ),
 }  # fmt: skip
