@@ -279,7 +279,7 @@ def test_the_base_model_is_neither_hopeless_nor_perfect(folder):
     "arm", ["hard", "soft", "fuzzy", "soft, hidden noise", "soft, gumbel", "soft, logit noise", "soft, top-k"]
 )
 def test_every_arm_trains_and_no_other_thing_changes(folder, arm):
-    config, task, base = setting(folder, steps=3, prompts=2, samples=4)
+    config, task, base = setting(folder, steps=4, prompts=16, samples=4)  # enough that rewards differ in a group
     model = copy.deepcopy(base)
     _, fitted = paper.train(config, task, model, arm, 0, progress=False)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))}
@@ -290,7 +290,7 @@ def test_every_arm_trains_and_no_other_thing_changes(folder, arm):
 
 
 def test_the_norms_of_both_terms_are_logged_and_change_nothing(folder):
-    config, task, base = setting(folder, steps=2, prompts=2, samples=8, every=1, rows=5)
+    config, task, base = setting(folder, steps=2, prompts=12, samples=8, every=1, rows=40)
     runs = [
         paper.train(replace(config, norms=norms), task, copy.deepcopy(base), "soft", 0, progress=False)
         for norms in (True, False)
