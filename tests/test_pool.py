@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -27,8 +29,21 @@ def interrupted(x):
     return signal.getsignal(signal.SIGINT)
 
 
+def waits(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
 def dies(x):
     os._exit(9)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_results_come_in_the_order_asked_for_from_one_thread_workers(tmp_path):
@@ -61,3 +76,23 @@ def test_a_killed_worker_is_one_line_and_the_next_call_works():
     with pytest.raises(WorkbenchError, match="a worker of lost causes was killed"):
         map_jobs(dies, range(4), workers=2, text="lost causes")
     assert [r[0] for r in map_jobs(square, range(3), workers=2)] == [0, 1, 4]
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    code = (
+        "import pathlib, sys, test_pool\n"
+        "from workbench.training.pool import map_jobs\n"
+        "map_jobs(test_pool.waits, [pathlib.Path(sys.argv[1]) / n for n in 'ab'], workers=2)"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONPATH": path})
+    numbers = [tmp_path / n for n in "ab"]
+    until = time.monotonic() + 120
+    while not all(n.exists() and n.read_text() for n in numbers):
+        assert parent.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    while any(alive(int(n.read_text())) for n in numbers):
+        assert time.monotonic() < until, "a worker outlived its parent"
+        time.sleep(0.1)

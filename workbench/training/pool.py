@@ -2,11 +2,12 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from workbench.errors import WorkbenchError
 from workbench.training.record import Record
 
 
-def _quiet_worker() -> None:
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()  # returns when the parent is gone, however it went
+        os._exit(1)
+
+
+def _start_worker() -> None:
+    # a killed parent cannot call its workers off: left alone, they would go on with their jobs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # an interrupt of the whole group ends a worker without its traceback; the parent tells of it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)  # two threads on a shared core are several times slower than one
@@ -25,7 +34,7 @@ def _quiet_worker() -> None:
 @lru_cache(maxsize=1)
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Workers that stay for the next call, since starting one costs seconds of imports; spawned, as a fork can hang."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_quiet_worker)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
 
 
 def map_jobs(
