@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -144,18 +145,19 @@ def find_run(name: str, root: Path) -> Path:
 
 
 def table(views: Sequence[RunView]) -> Table:
-    """The verdicts for a terminal: paper · claim · paper's figure · ours ± interval · verdict · seconds."""
-    out = Table(show_lines=True, title="Verdicts", title_justify="left")
-    for name in ("paper", "claim", "paper's figure", "ours ± interval", "verdict", "seconds"):
-        out.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    """The verdicts for a terminal: paper, seconds and counts, then verdict · ours ± interval · claim a row."""
+    head = ("verdict", "ours ± interval", "claim [dim](the paper's figure; why undecided)[/]")
+    out = Table(*head, title="Verdicts", title_justify="left", box=box.SIMPLE)
     for view in views:
-        paper, seconds = f"{view.slug}\n{view.preset}", f"{view.seconds:.0f}" if view.seconds is not None else "–"
+        seconds = f", {view.seconds:.0f} s" if view.seconds is not None else ""
+        counts = ", ".join(f"{v} {n}" for v in COLOURS if (n := sum(row.verdict == v for row in view.rows)))
+        what = counts or f"[red]{view.state}[/]: no verdicts"
+        out.add_section()
+        out.add_row("", "", f"[bold]{view.slug} {view.preset}[/]{seconds}: {what}")
         for row in view.rows:
-            verdict = f"[{COLOURS[row.verdict]}]{row.verdict}[/]\n[dim]{row.why}[/]"
-            out.add_row(paper, *map(escape, (row.sentence, row.paper_figure, row.ours)), verdict, seconds)
-            paper = seconds = ""
-        if not view.rows:
-            out.add_row(paper, f"[red]{view.state}[/]: no verdicts", "", "", "", seconds)
+            colour, why = COLOURS[row.verdict], f"; {row.why}" if row.verdict == "inconclusive" else ""
+            claim = f"{escape(row.sentence)} [dim]({escape(row.paper_figure + why)})[/]"
+            out.add_row(f"[{colour}]{row.verdict}[/]", escape(row.ours), claim)
     return out
 
 
