@@ -2,11 +2,13 @@
 
 import html
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
 from IPython.display import HTML, display
 
 from workbench.config import parameters
@@ -51,7 +53,13 @@ def start(
     overrides: Mapping[str, Any] | None = None,
     run_dir: str | Path | None = None,
 ) -> Run:
-    """Open a run (see workbench.runs.folder.start) and show its parameters; what differs from the preset is bold."""
+    """Open a run (see workbench.runs.folder.start) and show its parameters; what differs from the preset is bold.
+
+    quick and desk train models of a few thousand parameters, which one torch thread computes faster than two:
+    there it is one a process, unless OMP_NUM_THREADS says otherwise.
+    """
+    if preset in ("quick", "desk") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     run = folder.start(slug, preset, seed=seed, overrides=overrides, run_dir=run_dir)
     paper = load(slug)
     usual = {p.name: p.default for p in parameters(paper.PRESETS[preset])}
