@@ -16,7 +16,7 @@ from workbench.data import shifted_digits
 from workbench.errors import WorkbenchError
 from workbench.evaluation.intervals import mean_interval
 from workbench.lab import figures
-from workbench.losses.knowledge import correlation_distance
+from workbench.losses.knowledge import correlation_distance, standardise
 from workbench.papers.talking_models import Config, Pupil
 from workbench.papers.talking_models_study import (
     Job,
@@ -189,14 +189,9 @@ def _example(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
     return task.test.take((torch.arange(64) + index) % len(task.test))
 
 
-def _standard(state: Tensor) -> Tensor:
-    # as L_interact sees states: what differs from example to example; a reply's own mean and spread are not asked for
-    return (state - state.mean(0)) * torch.rsqrt(state.var(0, unbiased=False) + 1e-5)
-
-
 def _in_scale_of(heard: Tensor, state: Tensor) -> Tensor:
     """`heard` with the mean and spread that `state` has over the batch, for a head that knows those alone."""
-    return _standard(heard) * state.std(0, unbiased=False) + state.mean(0)
+    return standardise(heard) * state.std(0, unbiased=False) + state.mean(0)
 
 
 def _said(prediction: Tensor, task: Task) -> str:
@@ -227,7 +222,7 @@ def exchange(pupil: Pupil, task: Task, *, index: int, rounds: int, token: int) -
         if said.questions:
             rows.append(said.questions[n - 1][0])
             labels.append(f"round {n}: the student asks")
-        moved = float((_standard(state) - _standard(heard))[0].square().mean())
+        moved = float((standardise(state) - standardise(heard))[0].square().mean())  # as L_interact sees them
         heard = _in_scale_of(heard, said.b_S)
         rows.append(reply[0])
         labels.append(f"round {n}: the teacher replies<br>heard as {_said(pupil.student.head(heard)[0], task)}, "

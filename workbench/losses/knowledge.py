@@ -61,6 +61,11 @@ def feature_kd(regressed: Tensor, teacher: Tensor, *, normalise: bool = True, ma
     return state_distance(regressed, teacher.detach(), normalise=normalise, mask=mask)
 
 
+def standardise(x: Tensor) -> Tensor:
+    """A batch of states (B, ...), each component brought to mean 0 and variance 1 over the batch (eps 1e-5)."""
+    return (x - x.mean(0)) * torch.rsqrt(x.var(0, unbiased=False) + 1e-5)
+
+
 def correlation_distance(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference of two batches of states (B, N, D), each feature of each position standardised over B.
 
@@ -72,5 +77,4 @@ def correlation_distance(x: Tensor, y: Tensor) -> Tensor:
         raise WorkbenchError(
             f"two batches of equal shape, of 2 or more, are compared: {tuple(x.shape)}, {tuple(y.shape)}"
         )
-    standard = [(z - z.mean(0)) * torch.rsqrt(z.var(0, unbiased=False) + 1e-5) for z in (x.float(), y.float())]
-    return (standard[0] - standard[1]).square().mean()
+    return (standardise(x.float()) - standardise(y.float())).square().mean()

@@ -223,8 +223,7 @@ def claim_values(known: Known, config: Config, seed: int) -> dict[str, float]:
             "kd_gain": ("logit KD", "alone"), "talk_gain": ("two-way", "alone"), "over_kd": ("two-way", "logit KD"),
             "over_hint": ("two-way", "feature KD"), "question": ("two-way", "one-way"),
             "knowledge": ("two-way", "random teacher"), "wording": ("two-way", "no MC"),
-            "decoding": ("two-way", "no SC"), "second_round": ("2 rounds", "two-way"),
-            "rounds": ("3 rounds", "two-way"),
+            "decoding": ("two-way", "no SC"), "rounds": ("3 rounds", "two-way"),
         }  # fmt: skip
         for name, (better, worse) in pairs.items():
             found = gain(known, task, config.gap, seed, better, worse)
