@@ -194,12 +194,15 @@ def test_a_killed_distillation_resumes_bit_equal_with_the_online_score(tmp_path)
 
 
 def test_a_lagging_online_score_shows_in_its_loss(plane):
-    """Trap: a score that does not keep up looks like adversarial instability; its logged loss tells the two apart."""
+    """Trap: a score that does not keep up looks like adversarial instability; its logged loss tells the two apart.
+
+    The student is held still, so that both scores have the same samples to follow.
+    """
     last = {}
     for lr in (1e-9, 2e-3):
-        s = paper.distil(plane, config(fake_lr=lr, plane_steps=80), "dmd only", 100, progress=False)
+        s = paper.distil(plane, config(fake_lr=lr, plane_lr=1e-12, plane_steps=120), "dmd only", 100, progress=False)
         last[lr] = sum(r["s_fake/loss"] for r in s.history[-10:])
-    assert last[1e-9] > 1.2 * last[2e-3], last
+    assert last[1e-9] > 2 * last[2e-3], last
 
 
 def test_the_student_is_a_diffusers_folder_that_opens_alone(images, tmp_path):
