@@ -148,10 +148,12 @@ def confusion_view(
     kept = sorted(np.argsort(-wrong)[:only])
     names = [world.labels.intents[i].removeprefix("Hass") for i in kept]
     error = np.mean([u.intent != a for u, a in zip(world.tests[test], read, strict=True)])
-    return figures.heatmap(
+    figure = figures.heatmap(
         count[np.ix_(kept, kept)], title=f"{name} on {test}: {100 * error:.1f} % of intents wrong", x="read as", y="is",
         value="utterances", x_labels=names, y_labels=names, colours="Blues",
     ).update_layout(height=560)  # fmt: skip
+    figure.update_traces(texttemplate="%{z:d}")  # counts
+    return figure.update_yaxes(automargin=True, title_standoff=12)
 
 
 def errors_view(measured: Mapping[int, Any], *, score: str, test: str, kind: str = "tuned") -> go.Figure:
