@@ -382,19 +382,16 @@ def test_bad_input_is_one_line_before_anything_trains(changes, told):
 
 
 def test_a_reward_of_the_wrong_sign_flips_the_verdict():
-    """One teacher, four students a sign, judged by the claim's rule at a margin for steps as few as these.
-
-    Batches are large for little noise, yet a student's figure differs by a tenth from one CPU to another.
-    """
+    """One teacher, five students a sign, judged by the claim's own rule and margin; batches large for little noise."""
     config = Config(exact_teacher_steps=200, exact_batch=640, critic_warmup=30)
     world, own = listed.letter_world(length=4), config.exact()
     net = listed.train_teacher(config, 110)
     there = listed.measure(net, config, own.parts())
-    claim = replace(next(c for c in paper.CLAIMS if c.id == "listed_kl"), margin=0.9)
+    claim = next(c for c in paper.CLAIMS if c.id == "listed_kl")
     verdicts = {}
-    for sign, steps in ((1, 45), (-1, 10)):
+    for sign, steps in ((1, 70), (-1, 10)):
         records = []
-        for seed in range(110, 114):
+        for seed in range(110, 115):
             done = paper.distil(
                 net,
                 world.draw,
