@@ -72,9 +72,7 @@ def list_papers(out: Out = None) -> None:
 
     verdicts: dict[str, list[str]] = {}
     for view in [*report.references(), *report.latest(_root(out))]:
-        counts = {v: sum(r.verdict == v for r in view.rows) for v in report.COLOURS}
-        said = ", ".join(f"{n} {v}" for v, n in counts.items() if n) or view.state
-        verdicts.setdefault(view.slug, []).append(f"{view.preset} ({view.id}): {said}")
+        verdicts.setdefault(view.slug, []).append(f"{view.preset} ({view.id}): {view.summary or view.state}")
     table = Table("paper", "title", "presets", "verdicts", show_lines=True)
     for slug in papers.PAPERS:
         paper = papers.load(slug)

@@ -61,6 +61,12 @@ class RunView:
     def title(self) -> str:
         return papers.load(self.slug).TITLE if self.slug in papers.PAPERS else self.slug
 
+    @property
+    def summary(self) -> str:
+        """How many claims have which verdict: "9 holds, 5 inconclusive"; empty where nothing was judged."""
+        counts = {v: sum(row.verdict == v for row in self.rows) for v in COLOURS}
+        return ", ".join(f"{n} {v}" for v, n in counts.items() if n)
+
 
 def _json(path: Path, default: Any) -> Any:
     try:
@@ -150,8 +156,7 @@ def table(views: Sequence[RunView]) -> Table:
     out = Table(*head, title="Verdicts", title_justify="left", box=box.SIMPLE)
     for view in views:
         seconds = f", {view.seconds:.0f} s" if view.seconds is not None else ""
-        counts = ", ".join(f"{v} {n}" for v in COLOURS if (n := sum(row.verdict == v for row in view.rows)))
-        what = counts or f"[red]{view.state}[/]: no verdicts"
+        what = view.summary or f"[red]{view.state}[/]: no verdicts"
         out.add_section()
         out.add_row("", "", f"[bold]{view.slug} {view.preset}[/]{seconds}: {what}")
         for row in view.rows:
