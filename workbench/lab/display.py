@@ -55,10 +55,10 @@ def start(
 ) -> Run:
     """Open a run (see workbench.runs.folder.start) and show its parameters; what differs from the preset is bold.
 
-    quick and desk train models of a few thousand parameters, which one torch thread computes faster than two:
-    there it is one a process, unless OMP_NUM_THREADS says otherwise.
+    The small presets' models are computed faster by one torch thread than by two: there it is one a process, unless
+    OMP_NUM_THREADS says otherwise.
     """
-    if preset in ("quick", "desk") and "OMP_NUM_THREADS" not in os.environ:
+    if preset in folder.SMALL_PRESETS and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     run = folder.start(slug, preset, seed=seed, overrides=overrides, run_dir=run_dir)
     paper = load(slug)

@@ -253,7 +253,9 @@ def run(jobs: list[Job], *, workers: int = 1, console: Console | None = None) ->
     console = console or Console()
     if workers > 1:
         for job in jobs:
-            job.threads = max(1, (os.cpu_count() or 1) // workers)
+            # a small preset takes one thread alone as well as beside others: its figures do not depend on `workers`
+            small = job.preset in folder.SMALL_PRESETS
+            job.threads = 1 if small else max(1, (os.cpu_count() or 1) // workers)
     with ThreadPoolExecutor(max_workers=workers) as pool:
         futures = [pool.submit(_execute, job) for job in jobs]
         try:

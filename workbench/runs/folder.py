@@ -19,6 +19,8 @@ from workbench.evaluation.claims import Judgement, judge
 from workbench.papers import load
 from workbench.training.record import Record
 
+SMALL_PRESETS = ("quick", "desk")  # made for two CPU cores: one torch thread a process
+
 
 def outputs_root() -> Path:
     """$WORKBENCH_OUT, or outputs/ of the checkout the package runs from, or ./outputs for an installed package."""
